@@ -1,0 +1,99 @@
+"""Which path of a verified tree is accepted: greedy, typical, rejection. Pure functions; knows no model and no cache.
+
+    B sequences, N nodes, L depth, V vocabulary
+
+Greedy and rejection acceptance are one walk: at the current node the backbone chooses a token (its argmax, or a keyed
+draw from its distribution); a child that carries it is accepted and the walk goes on there; otherwise the token becomes
+the next root. Since the proposal is deterministic, the output is that of choosing token after token without any tree.
+Typical acceptance (arXiv 2401.10774 §2.3.1) judges each node by its probability instead, and takes the longest path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.sampling import TYPICAL, SamplingRows, draw, filter_logits
+from medusa.tree import DeviceTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """For each sequence: the accepted node [B], how many nodes below the root were accepted [B], and the next root [B]."""
+
+    node: Tensor
+    num_accepted: Tensor
+    next_root: Tensor
+
+
+def accept(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
+    """tokens [B,N] (the root first), logits [B,N,V] of the verified nodes, position [B] of the root in its sequence."""
+    if not rows.any_typical:
+        return walk(tree, tokens, logits, rows, root_position)
+    typical = accept_typical(tree, tokens, logits, rows, root_position)
+    if not rows.any_walk:
+        return typical
+    walked = walk(tree, tokens, logits, rows, root_position)
+    is_typical = rows.scheme == TYPICAL
+    return Acceptance(
+        node=torch.where(is_typical, typical.node, walked.node),
+        num_accepted=torch.where(is_typical, typical.num_accepted, walked.num_accepted),
+        next_root=torch.where(is_typical, typical.next_root, walked.next_root),
+    )
+
+
+def walk(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
+    """Greedy and rejection acceptance. The backbone chooses only along the path walked."""
+    batch = torch.arange(tokens.shape[0], device=tokens.device)
+    node = torch.zeros_like(root_position)
+    moving = torch.ones_like(node, dtype=torch.bool)
+    next_root = torch.zeros_like(node)
+    for depth in range(tree.depth + 1):
+        chosen = draw(logits[batch, node], rows, root_position + depth + 1)
+        next_root = torch.where(moving, chosen, next_root)
+        if depth == tree.depth:
+            break
+        match = (tree.parents == node[:, None]) & (tokens == chosen[:, None])
+        moving = moving & match.any(dim=-1)
+        if tokens.device.type == "cpu" and not moving.any():
+            break
+        node = torch.where(moving, match.to(torch.int8).argmax(dim=-1), node)
+    return Acceptance(node=node, num_accepted=tree.depths[node], next_root=next_root)
+
+
+def accept_typical(
+    tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor
+) -> Acceptance:
+    """Accept x below its parent when p(x) > min(ε, δ·exp(−H)), p and H the backbone's at the parent and temperature.
+
+    A token outside the request's top-k or top-p is not accepted either. The longest accepted path wins, between equals
+    the one with the larger sum of log p, then the lower node.
+    """
+    batch, num_nodes = tokens.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    parents = tree.parents[1:]
+    at_parent = torch.log_softmax(logits.to(wide) / rows.temperature.to(wide)[:, None, None], dim=-1)
+    entropy = -(at_parent.exp() * at_parent.clamp_min(torch.finfo(wide).min)).sum(dim=-1)
+    threshold = torch.minimum(rows.epsilon[:, None], rows.delta[:, None] * torch.exp(-entropy))
+    log_p = at_parent[:, parents].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    good = log_p.exp() > threshold[:, parents]
+    if rows.any_filter:
+        flat = at_parent.flatten(0, 1)
+        top_k, top_p = (x.repeat_interleave(num_nodes) for x in (rows.top_k, rows.top_p))
+        allowed = filter_logits(flat, top_k, top_p).isfinite().view_as(at_parent)
+        good &= allowed[:, parents].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+    accepted = torch.ones(batch, num_nodes, dtype=torch.bool, device=tokens.device)
+    score = torch.zeros(batch, num_nodes, dtype=wide, device=tokens.device)
+    for level in tree.levels[1:]:
+        parent = tree.parents[level]
+        accepted[:, level] = accepted[:, parent] & good[:, level - 1]
+        score[:, level] = score[:, parent] + log_p[:, level - 1]
+    reach = torch.where(accepted, tree.depths, -1)
+    longest = reach == reach.max(dim=-1, keepdim=True).values
+    node = score.masked_fill(~longest, float("-inf")).argmax(dim=-1)
+    depth = tree.depths[node]
+    last = logits[torch.arange(batch, device=tokens.device), node]
+    return Acceptance(node=node, num_accepted=depth, next_root=draw(last, rows, root_position + depth + 1))

@@ -1,0 +1,93 @@
+"""Attention over "prefix + tree" inside unforked transformers models. Knows masks and shapes; knows no tokens.
+
+    B sequences, N new positions, S cache positions, H query heads, G query heads per key/value head, E head size
+
+A node sees the whole accepted prefix, its ancestors and itself. In a sliding-window layer it sees, of these, only what
+lies less than `window` *positions* (not slots) back: siblings share a position but not a slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from medusa.errors import BackboneError
+
+IMPLEMENTATION = "medusa_tree"
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B,H,N,E], key and value [B,H/G,S,E], additive mask [B,1,N,S] → [B,N,H,E].
+
+    The G query heads of a key/value head are folded into its rows, so keys and values are never repeated.
+    """
+    if s_aux is not None:
+        raise BackboneError(f"{type(module).__name__} uses attention sinks, which tree attention does not support")
+    if attention_mask is None:
+        raise BackboneError(f"{type(module).__name__} passed no mask on to attention; this model cannot decode trees")
+    batch, heads, num_new, size = query.shape
+    groups = heads // key.shape[1]
+    folded = query.reshape(batch, heads // groups, groups * num_new, size)
+    mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
+    if softcap is None:
+        out = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = torch.tanh(folded @ key.transpose(2, 3) * scaling / softcap) * softcap + mask
+        out = (
+            torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+            @ value
+        )
+    return out.reshape(batch, heads, num_new, size).transpose(1, 2), None
+
+
+def _given_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    return attention_mask
+
+
+def register() -> None:
+    """Make `tree_attention` known to transformers. The decoder's 4-D masks pass through it unchanged."""
+    AttentionInterface.register(IMPLEMENTATION, tree_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _given_mask)
+
+
+def step_mask(
+    *,
+    offsets: Tensor,
+    depths: Tensor,
+    visible: Tensor,
+    length: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> Tensor:
+    """Additive mask [B,1,N,length] for N new positions behind a prefix of `offsets` [B] positions.
+
+    `visible` [N,N] says which new positions see which, `depths` [N] how far each lies behind the prefix. A chunk of a
+    prompt is the chain: depths 0…N−1 and a lower triangle.
+    """
+    num_new = depths.shape[0]
+    slot = torch.arange(length, device=offsets.device)
+    behind = slot[None, :] - offsets[:, None]
+    inside = (behind >= 0) & (behind < num_new)
+    node = behind.clamp(0, num_new - 1)
+    seen = (behind < 0)[:, None, :] | (inside[:, None, :] & visible[:, node].transpose(0, 1))
+    if window is not None:
+        key_depth = torch.where(inside, depths[node], behind)
+        seen = seen & (depths[None, :, None] - key_depth[:, None, :] < window)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=offsets.device)
+    return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)

@@ -1,0 +1,312 @@
+"""A language model as the method sees it: token ids in, last hidden states and logits out. Knows no heads and no tree.
+
+B sequences, N new positions, S cache positions, D hidden, V vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from medusa import attention
+from medusa.errors import BackboneError
+from medusa.fused_llama import FusedLlama
+from medusa.heads import LmHead, LogitTransform, PartialLmHead
+from medusa.kv_cache import KVCache
+from medusa.provision import DEFAULT_BACKBONE, default_backbone
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "auto": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+SAMPLED_VALUES = 64
+CHECK_TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where new positions go and what they see: the offsets of B rows, N new positions, the first `length` cache slots."""
+
+    first_slot: int
+    offsets: Tensor
+    depths: Tensor
+    visible: Tensor
+    length: int
+
+
+@dataclass(kw_only=True)
+class Backbone:
+    """A decoder-only transformers model with its tokenizer, ready for tree decoding. Make one with `load_backbone`."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    transform: LogitTransform = field(default_factory=LogitTransform)
+    fused: FusedLlama | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_unsupported(self.model)
+        attention.register()
+        self.model.set_attn_implementation(attention.IMPLEMENTATION)
+        self.model.eval()
+        self._windows = _layer_windows(self.model.config)
+        self._fingerprint: str | None = None
+
+    # Shapes and places
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head_weight.shape[0]
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the backbone was made for, prompt and answer together."""
+        return int(getattr(self.model.config, "max_position_embeddings", 4096))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def step_dtype(self) -> torch.dtype:
+        """Type of hidden states, keys and values while decoding: the fused path may keep more than the weights' type."""
+        return self.fused.dtype if self.fused is not None else self.dtype
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V,D]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every token that ends an answer."""
+        found: set[Any] = set()
+        sources = (self.model.generation_config, self.model.config, self.tokenizer)
+        for value in (getattr(source, "eos_token_id", None) for source in sources):
+            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+        return frozenset(int(token) for token in found if token is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and sampled values of all weights: equal for the same weights at any dtype or device."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, weight in sorted(self.model.named_parameters()):
+                flat = weight.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].to(torch.bfloat16).float().cpu()
+                digest.update(f"{name}{list(weight.shape)}".encode())
+                digest.update(sample.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    # Running it
+
+    def new_cache(self, *, num_slots: int, capacity: int) -> KVCache:
+        config = self.model.config
+        heads = config.num_attention_heads
+        return KVCache(
+            num_layers=config.num_hidden_layers,
+            num_slots=num_slots,
+            capacity=capacity,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=self.step_dtype,
+            device=self.device,
+        )
+
+    def step(self, ids: Tensor, placement: Placement, cache: KVCache) -> Tensor:
+        """Run ids [B,N] behind their prefixes, write their keys and values, return last hidden states [B,N,D]."""
+        where = placement
+        num_new = ids.shape[1]
+        cache.begin(first_slot=where.first_slot, offsets=where.offsets, num_new=num_new, length=where.length)
+        masks = {
+            kind: attention.step_mask(
+                offsets=where.offsets,
+                depths=where.depths,
+                visible=where.visible,
+                length=where.length,
+                dtype=self.step_dtype,
+                window=window,
+            )
+            for kind, window in self._windows.items()
+        }
+        positions = (where.offsets[:, None] + where.depths).clamp_max(self.max_context - 1)
+        if self.fused is not None:
+            return self.fused(ids, positions, masks["full_attention"], cache)
+        return self._run(ids, positions, masks, cache)
+
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        """ids [B,S], padded on the right if at all → last hidden states [B,S,D] of a plain causal forward, no cache."""
+        length = ids.shape[1]
+        steps = torch.arange(length, device=ids.device)
+        masks = {
+            kind: attention.step_mask(
+                offsets=steps.new_zeros(1),
+                depths=steps,
+                visible=steps[:, None] >= steps,
+                length=length,
+                dtype=self.dtype,
+                window=window,
+            )
+            for kind, window in self._windows.items()
+        }
+        return self._run(ids, steps.expand_as(ids), masks, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [...,D] → logits [...,V], through the backbone's own soft-cap or scale."""
+        if self.fused is not None:
+            return self.transform(self.fused.lm_head(hidden))
+        return self.transform(F.linear(hidden, self.lm_head_weight))
+
+    def lm_head_for(self, vocabulary: Tensor | None) -> LmHead:
+        """This backbone's lm_head over `vocabulary` (ids) alone, in its own copy; over all tokens for None."""
+        if vocabulary is None:
+            return self
+        weight = self.lm_head_weight.detach()[vocabulary]
+        project = self.fused.linear(weight) if self.fused is not None else lambda hidden: F.linear(hidden, weight)
+        return PartialLmHead(project=project, transform=self.transform)
+
+    def _run(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], cache: KVCache | None) -> Tensor:
+        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+        decoder = self.model.get_decoder()
+        out = decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+
+def load_backbone(
+    name: str | Path = DEFAULT_BACKBONE,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    fused: bool = True,
+) -> Backbone:
+    """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype.
+
+    `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference.
+    """
+    torch_dtype = parse_dtype(dtype)
+    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = default_backbone() if str(name) == DEFAULT_BACKBONE else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "is_encoder_decoder", False):
+            raise BackboneError(
+                f"{name} is an encoder–decoder ({config.model_type}); Medusa heads need a decoder-only model"
+            )
+        attention.register()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"cannot load backbone {str(name)!r}: {reason} (give {DEFAULT_BACKBONE!r}, a model folder or a reachable hub id)"
+        ) from error
+    backbone = Backbone(
+        model=model.to(where), tokenizer=tokenizer, name=str(name), transform=_logit_transform(model.config)
+    )
+    check_decodable(backbone)
+    if fused and FusedLlama.fits(model):
+        backbone.fused = FusedLlama(model)
+    return backbone
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    """BackboneError, by name, for what tree attention cannot decode."""
+    config: Any = model.config
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(f"{kind} is an encoder–decoder; Medusa heads need a decoder-only model")
+    if getattr(model, "_is_stateful", False):
+        raise BackboneError(
+            f"{kind} keeps a recurrent state, which cannot branch over a tree; use an attention-only model"
+        )
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_KINDS))
+    if odd:
+        raise BackboneError(f"{kind} has layers of type {', '.join(odd)}, which tree attention does not support")
+    if getattr(config, "attention_chunk_size", None):
+        raise BackboneError(f"{kind} uses chunked attention, which tree attention does not support")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise BackboneError(f"{kind} does not use transformers' attention interface, so tree attention cannot reach it")
+
+
+def _layer_windows(config: Any) -> dict[str, int | None]:
+    """Attention kind → sliding window in positions (None: full), for the kinds that the model's layers have."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+    return {"sliding_attention": window} if window is not None else {"full_attention": None}
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """Gemma's soft-cap, Cohere's logit_scale, Granite's logits_scaling."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+@torch.inference_mode()
+def check_decodable(backbone: Backbone) -> None:
+    """Compare one short forward through cache and tree attention with the model's own; BackboneError where they differ.
+
+    Refuses, rather than decode silently wrong, models that change attention or logits in a way not known here.
+    """
+    model = backbone.model
+    # Ordinary text: bf16 noise on unlikely token sequences can grow as large as a real fault.
+    ids = torch.tensor([list(backbone.tokenizer(CHECK_TEXT)["input_ids"])], device=backbone.device)
+    length = ids.shape[1]
+    steps = torch.arange(length, device=backbone.device)
+    cache = backbone.new_cache(num_slots=1, capacity=length)
+    placement = Placement(
+        first_slot=0, offsets=steps.new_zeros(1), depths=steps, visible=steps[:, None] >= steps, length=length
+    )
+    try:
+        ours = backbone.logits(backbone.step(ids, placement, cache)).double()
+        model.set_attn_implementation("eager")
+        theirs = model(input_ids=ids, use_cache=False).logits.double()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise BackboneError(f"{model.config.model_type} cannot decode trees: {str(error).splitlines()[0]}") from error
+    finally:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(backbone.dtype, 0.2)
+    gap = (ours - theirs).norm() / (theirs - theirs.mean(dim=-1, keepdim=True)).norm().clamp_min(1e-6)
+    if not gap <= tolerance:
+        raise BackboneError(
+            f"{model.config.model_type} computes attention or logits in a way not known here "
+            f"(its logits differ from ours by {gap:.2g} of their norm); it would decode wrongly and is refused"
+        )

@@ -1,0 +1,35 @@
+"""Candidate tokens of a tree from the heads' logits. Knows ranks and token ids; knows no model and no cache.
+
+B sequences, N nodes, K heads, V vocabulary, R ranks
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medusa.tree import DeviceTree
+
+
+def ranked_tokens(logits: Tensor, num_ranks: int, vocabulary: Tensor | None = None) -> Tensor:
+    """logits [...,V] → ids of the `num_ranks` best tokens [...,R], best first; of equal logits the lowest id comes first.
+
+    Where the logits are those of a `vocabulary` [V] of ascending ids, those ids come back. Low-precision logits tie
+    often and `topk` orders ties as it likes, so value and id are ranked as one integer.
+    """
+    bits = logits.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    keys = torch.topk(ordered * 2**31 - ids, num_ranks, dim=-1).values
+    places = -keys & (2**31 - 1)
+    return places if vocabulary is None else vocabulary[places]
+
+
+def static_candidates(tree: DeviceTree, root: Tensor, best: Tensor | None) -> Tensor:
+    """root [B] and the heads' ranked tokens [B,K,R] → tokens [B,N]: node (r1,…,rk) carries the r_k-th best of head k.
+
+    The one-node tree needs no heads: its `best` is None.
+    """
+    if tree.num_nodes == 1 or best is None:
+        return root[:, None]
+    return torch.cat([root[:, None], best[:, tree.depths[1:] - 1, tree.ranks[1:]]], dim=1)

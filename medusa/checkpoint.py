@@ -1,0 +1,270 @@
+"""A folder of trained heads, saved and loaded strictly. Knows files and tensors; knows no training and no registry.
+
+config.json                 format, shape of the heads, backbone name and fingerprint, default tree size, measured accuracy
+medusa_heads.safetensors    heads.{k}.blocks.{l}.weight [D,D], .bias [D]; heads.{k}.lm_head.weight [V,D] where own;
+                            vocabulary [M]: the token ids that heads guess among, where not all
+tree.json                   paths in growth order: the first n − 1 are the best tree of n nodes
+README.md                   the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medusa.backbone import Backbone
+from medusa.config import HeadsConfig
+from medusa.errors import CheckpointError
+from medusa.heads import MedusaHeads
+from medusa.tree import Path, Tree
+
+FORMAT = "medusa-ray/1"
+VOCABULARY = "vocabulary"
+WEIGHTS, CONFIG, TREE, CARD = "medusa_heads.safetensors", "config.json", "tree.json", "README.md"
+_NAME = re.compile(r"heads\.(\d+)\.(?:blocks\.(\d+)\.(weight|bias)|lm_head\.weight)")
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Heads with all that is known of them. `paths` are in growth order; `accuracy` [K][R] is held-out, where measured."""
+
+    heads: MedusaHeads
+    paths: list[Path]
+    backbone_name: str
+    backbone_fingerprint: str
+    default_nodes: int | None = None
+    accuracy: list[list[float]] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    folder: FilePath | None = None
+
+    def tree(self, num_nodes: int | None = None) -> Tree:
+        """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice)."""
+        wanted = num_nodes or self.default_nodes or len(self.paths) + 1
+        if not 1 <= wanted <= len(self.paths) + 1:
+            raise ValueError(f"tree must have 1 to {len(self.paths) + 1} nodes with these heads, got {wanted}")
+        return Tree.from_paths(self.paths[: wanted - 1])
+
+
+def save_checkpoint(
+    folder: str | FilePath,
+    heads: MedusaHeads,
+    *,
+    paths: Sequence[Path],
+    backbone_name: str,
+    backbone_fingerprint: str,
+    default_nodes: int | None = None,
+    accuracy: Sequence[Sequence[float]] | Tensor | None = None,
+    card: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> FilePath:
+    """Write the folder, whole or not at all; an existing one is replaced. `card` is free text by heading for README.md."""
+    Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    target = FilePath(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = accuracy.tolist() if isinstance(accuracy, Tensor) else accuracy
+    config = {
+        "format": FORMAT,
+        "num_heads": heads.config.num_heads,
+        "num_layers": heads.config.num_layers,
+        "lm_heads": heads.config.lm_heads,
+        "hidden_size": heads.hidden_size,
+        "vocab_size": heads.vocab_size,
+        "backbone_name": backbone_name,
+        "backbone_fingerprint": backbone_fingerprint,
+        "default_nodes": default_nodes,
+        "accuracy": [[round(float(x), 5) for x in row] for row in rows] if rows is not None else None,
+        "card": card or {},
+    }
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        made = FilePath(work) / "made"
+        made.mkdir()
+        weights = {name: weight.detach().to(dtype).cpu().contiguous() for name, weight in heads.named_parameters()}
+        if heads.vocabulary is not None:
+            weights[VOCABULARY] = heads.vocabulary.to(torch.int32).cpu()
+        save_file(weights, made / WEIGHTS, metadata={"format": FORMAT})
+        (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
+        (made / CARD).write_text(_card_text(config))
+        if target.exists():
+            os.replace(target, FilePath(work) / "old")
+        os.replace(made, target)
+    return target
+
+
+def load_checkpoint(
+    folder: str | FilePath,
+    *,
+    backbone: Backbone | None = None,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Checkpoint:
+    """Read a folder strictly. Raises CheckpointError for anything missing, unexpected, mis-shaped or foreign.
+
+    K and the number of layers are read from the tensors. With `backbone`, its fingerprint must match (unless `force`)
+    and its shapes must (always); the heads come in its step dtype on its device.
+    """
+    root = FilePath(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"no heads folder at {root}; give a folder with {WEIGHTS} and {CONFIG}")
+    config = _read_json(root / CONFIG)
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{root / CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}: not a heads checkpoint"
+        )
+    weights = _read_weights(root / WEIGHTS)
+    vocabulary = weights.pop(VOCABULARY, None)
+    shape, hidden_size, vocab_size = _infer(weights, config, root / WEIGHTS)
+    if backbone is not None:
+        _check_backbone(config, backbone, hidden_size, vocab_size, force=force)
+    heads = MedusaHeads(
+        shape,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        vocabulary=_check_vocabulary(vocabulary, vocab_size, root / WEIGHTS),
+        dtype=dtype or (backbone.step_dtype if backbone else torch.float32),
+        device=backbone.device if backbone else None,
+    )
+    _load_strictly(heads, weights, root / WEIGHTS)
+    return Checkpoint(
+        heads=heads.eval(),
+        paths=_read_paths(root / TREE, heads),
+        backbone_name=str(config.get("backbone_name", "")),
+        backbone_fingerprint=str(config.get("backbone_fingerprint", "")),
+        default_nodes=config.get("default_nodes"),
+        accuracy=config.get("accuracy"),
+        card=config.get("card") or {},
+        folder=root,
+    )
+
+
+def copy_checkpoint(source: str | FilePath, target: str | FilePath) -> FilePath:
+    """Copy a checkpoint folder, replacing `target`."""
+    target = FilePath(target)
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)
+    return target
+
+
+def _read_json(path: FilePath) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_weights(path: FilePath) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): truncated or not safetensors") from None
+
+
+def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -> tuple[HeadsConfig, int, int]:
+    """Shape of the heads from the tensors themselves; the config is believed only for what no tensor can tell."""
+    matches = {name: _NAME.fullmatch(name) for name in weights}
+    foreign = sorted(name for name, match in matches.items() if match is None)
+    if foreign or not weights:
+        raise CheckpointError(f"{path} holds unexpected tensors {foreign[:4]}: not Medusa heads of this format")
+    found = [match for match in matches.values() if match]
+    layers = [int(match[2]) for match in found if match[2]]
+    first = next((weights[name] for name, match in matches.items() if match and match[3] == "weight"), None)
+    if not layers or first is None or first.dim() != 2:
+        raise CheckpointError(f"{path} holds no residual block; expected heads.0.blocks.0.weight [D,D]")
+    own = [weights[name] for name, match in matches.items() if match and not match[2]]
+    if not own and not isinstance(config.get("vocab_size"), int):
+        raise CheckpointError(f"{path.parent / CONFIG} names no vocab_size, which shared lm_heads need")
+    shape = HeadsConfig(
+        num_heads=max(int(match[1]) for match in found) + 1,
+        num_layers=max(layers) + 1,
+        lm_heads="own" if own else "shared",
+    )
+    return shape, first.shape[0], own[0].shape[0] if own else config["vocab_size"]
+
+
+def _check_vocabulary(ids: Tensor | None, vocab_size: int, path: FilePath) -> Tensor | None:
+    if ids is None:
+        return None
+    wide = ids.long()
+    if ids.dim() != 1 or not len(ids) or (wide.diff() <= 0).any() or wide[0] < 0 or wide[-1] >= vocab_size:
+        raise CheckpointError(f"{path}: vocabulary must be ascending token ids below {vocab_size}; the file is damaged")
+    return wide
+
+
+def _check_backbone(
+    config: dict[str, Any], backbone: Backbone, hidden_size: int, vocab_size: int, *, force: bool
+) -> None:
+    name = config.get("backbone_name")
+    if (hidden_size, vocab_size) != (backbone.hidden_size, backbone.vocab_size):
+        raise CheckpointError(
+            f"these heads fit hidden size {hidden_size} and vocabulary {vocab_size} (backbone {name}); backbone "
+            f"{backbone.name} has {backbone.hidden_size} and {backbone.vocab_size}"
+        )
+    if config.get("backbone_fingerprint") != backbone.fingerprint and not force:
+        raise CheckpointError(
+            f"these heads were trained on backbone {name} with fingerprint {config.get('backbone_fingerprint')}; "
+            f"{backbone.name} has {backbone.fingerprint}. Load that backbone, or pass force (--force) to use them anyway"
+        )
+
+
+def _load_strictly(heads: MedusaHeads, weights: dict[str, Tensor], path: FilePath) -> None:
+    expected = dict(heads.named_parameters())
+    missing = sorted(expected.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - expected.keys())
+    misshaped = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    if missing or unexpected or misshaped:
+        told = [f"{kind}: {', '.join(names)}" for kind, names in
+                (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]  # fmt: skip
+        raise CheckpointError(f"{path} does not hold a whole set of heads; {'; '.join(told)}")
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise CheckpointError(f"{path} holds NaN or infinite values in {', '.join(broken)}")
+    heads.load_state_dict(weights, strict=True)
+
+
+def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
+    value = _read_json(path).get("paths")
+    try:
+        paths = [tuple(int(rank) for rank in ranks) for ranks in value]  # type: ignore[union-attr]
+        Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no usable tree: {error}") from None
+    return paths
+
+
+def _card_text(config: dict[str, Any]) -> str:
+    lines = [
+        f"# Medusa heads for {config['backbone_name']}",
+        "",
+        f"{config['num_heads']} heads, {config['num_layers']} residual layer(s) each, {config['lm_heads']} lm_head; "
+        f"backbone fingerprint `{config['backbone_fingerprint']}`.",
+    ]
+    for heading, text in config["card"].items():
+        lines += ["", f"## {heading.replace('_', ' ').capitalize()}", ""]
+        lines += [f"- {key}: {value}" for key, value in text.items()] if isinstance(text, dict) else [str(text)]
+    if config["accuracy"]:
+        ranks = [r for r in (1, 5, 10) if r <= len(config["accuracy"][0])]
+        lines += ["", "## Held-out accuracy", "", "| head | " + " | ".join(f"top-{r}" for r in ranks) + " |"]
+        lines += ["| --- |" + " --- |" * len(ranks)]
+        for k, row in enumerate(config["accuracy"], start=1):
+            lines.append(f"| {k} | " + " | ".join(f"{sum(row[:r]):.3f}" for r in ranks) + " |")
+    return "\n".join(lines) + "\n"

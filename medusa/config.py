@@ -1,0 +1,85 @@
+"""Frozen, keyword-only settings of the method, validated once where they are made. Knows numbers; knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Scheme = Literal["greedy", "typical", "rejection"]
+RootChoice = Literal["sample", "greedy"]
+LmHeads = Literal["shared", "own"]
+
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+
+# Typical acceptance, arXiv 2401.10774 §2.3.1: accept x when p(x) > min(epsilon, delta · exp(−H)), delta = sqrt(epsilon).
+DEFAULT_EPSILON = 0.09
+DEFAULT_DELTA = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Shape of the Medusa heads: `num_heads` K, residual layers of each, and whether they read the backbone's lm_head."""
+
+    num_heads: int = 5
+    num_layers: int = 1
+    lm_heads: LmHeads = "shared"
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {self.num_heads}")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
+        if self.lm_heads not in get_args(LmHeads):
+            raise ValueError(f"lm_heads must be one of {', '.join(get_args(LmHeads))}, got {self.lm_heads!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is decoded.
+
+    `acceptance` None means greedy at temperature 0 and typical above it; at temperature 0 every scheme is greedy.
+    `top_k` 0 and `top_p` 1 switch those filters off. `choice` numbers the answers to one prompt (OpenAI's `n`) and, with
+    `seed`, keys the noise: the same pair gives the same answer. `root` says how typical acceptance chooses the token
+    that it does not accept from the tree (`greedy` is the paper's). `ignore_eos` decodes on past the end of sequence.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    choice: int = 0
+    acceptance: Scheme | None = None
+    epsilon: float = DEFAULT_EPSILON
+    delta: float = DEFAULT_DELTA
+    root: RootChoice = "sample"
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2**63), got {self.seed}")
+        if not 0 <= self.choice < 2**31:
+            raise ValueError(f"choice must lie in [0, 2**31), got {self.choice}")
+        if self.acceptance is not None and self.acceptance not in SCHEMES:
+            raise ValueError(f"unknown acceptance {self.acceptance!r}; choose one of {', '.join(SCHEMES)}")
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(f"epsilon must lie in (0, 1], got {self.epsilon}")
+        if not 0 < self.delta <= 1:
+            raise ValueError(f"delta must lie in (0, 1], got {self.delta}")
+        if self.root not in get_args(RootChoice):
+            raise ValueError(f"root must be one of {', '.join(get_args(RootChoice))}, got {self.root!r}")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The acceptance scheme in force."""
+        if self.temperature == 0:
+            return "greedy"
+        return self.acceptance or "typical"

@@ -1,0 +1,89 @@
+"""Token ids to text, piece by piece as they arrive. Knows a tokenizer and stop strings; knows nothing of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Text of a growing answer. A piece comes out only when later tokens cannot change it: characters split across
+    tokens are held until whole, and text that may become a stop string until it has or cannot. The stop string that is
+    complete first wins, whatever the tokens it came in. Special tokens are not text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        if any(not text for text in stop):
+            raise ValueError("a stop string is empty; give text or leave it out")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._anchor = 0
+        self._read = 0
+        self._text = ""
+        self._taken = 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text so far, cut before the stop string."""
+        return self._text
+
+    def push(self, token_id: int) -> bool:
+        """Add a token; True when a stop string is complete. Nothing after it is kept."""
+        if self.stopped:
+            return True
+        self._ids.append(token_id)
+        self._grow(final=False)
+        return self.stopped
+
+    def take(self) -> str:
+        """The text that has become certain since the last call."""
+        end = len(self._text) if self.stopped else len(self._text) - self._held()
+        piece = self._text[self._taken : end]
+        self._taken = max(self._taken, end)
+        return piece
+
+    def finish(self) -> str:
+        """No more tokens come: the rest of the text, an unfinished character as U+FFFD."""
+        if not self.stopped:
+            self._grow(final=True)
+        piece = self._text[self._taken :]
+        self._taken = len(self._text)
+        return piece
+
+    def _grow(self, *, final: bool) -> None:
+        """Decode from a token boundary where text was whole, so that cost does not grow with the answer."""
+        before = self._decode(self._anchor, self._read)
+        after = self._decode(self._anchor, len(self._ids))
+        if after.endswith(REPLACEMENT) and not final:
+            return
+        searched = len(self._text)
+        self._text += after[len(before) :]
+        self._anchor, self._read = self._read, len(self._ids)
+        self._cut_at_stop(searched)
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(
+            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _cut_at_stop(self, searched: int) -> None:
+        longest = max(map(len, self._stop), default=0)
+        begin = max(searched - longest + 1, 0)
+        found = ((self._text.find(stop, begin), len(stop)) for stop in self._stop)
+        hits = [(at + size, at) for at, size in found if at >= 0]
+        if hits:
+            _, at = min(hits)
+            self._text = self._text[:at]
+            self.stopped = True
+
+    def _held(self) -> int:
+        """How many characters at the end may still become a stop string."""
+        most = max((len(stop) - 1 for stop in self._stop), default=0)
+        for size in range(min(most, len(self._text)), 0, -1):
+            if any(stop.startswith(self._text[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -1,0 +1,230 @@
+"""The simple face: text in, text or a stream of it out. Knows tokenizer and engine; knows nothing of HTTP or Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, cast
+
+import torch
+
+from medusa.backbone import Backbone, load_backbone
+from medusa.checkpoint import Checkpoint, load_checkpoint
+from medusa.config import SamplingParams
+from medusa.detokenize import TextStream
+from medusa.engine import Completion, Engine, Request, Stats
+from medusa.errors import PromptError
+from medusa.heads import MedusaHeads
+from medusa.pretrained import pretrained_heads
+from medusa.provision import DEFAULT_BACKBONE
+from medusa.tree import Tree
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+TreeChoice = Tree | int | Sequence[Sequence[int]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """An answer. `token_ids` includes the end-of-sequence token and, after a stop string, the tokens that completed it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+class Chunk(str):
+    """A piece of streamed text, with the tokens that one step accepted. `step` 0 is the prefill; the last piece of an
+    answer also carries its `generation`."""
+
+    token_ids: tuple[int, ...]
+    step: int
+    generation: Generation | None
+
+    @classmethod
+    def of(cls, text: str, token_ids: Sequence[int], step: int, generation: Generation | None = None) -> Chunk:
+        chunk = cls(text)
+        chunk.token_ids, chunk.step, chunk.generation = tuple(token_ids), step, generation
+        return chunk
+
+
+class Model:
+    """A backbone with its heads, or without: then it decodes plainly, by the same code. Make one with `medusa.load`."""
+
+    def __init__(self, backbone: Backbone, heads: MedusaHeads | None, checkpoint: Checkpoint | None = None) -> None:
+        self.backbone = backbone
+        self.heads = heads
+        self.checkpoint = checkpoint
+        self._engines: dict[tuple[Tree, int], Engine] = {}
+
+    @property
+    def tree(self) -> Tree:
+        """The tree used where none is asked for."""
+        return self.resolve_tree(None)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        stop: str | Sequence[str] = (),
+        tree: TreeChoice = None,
+        max_batch_size: int = 8,
+        **sampling: Any,
+    ) -> Any:
+        """Answer a prompt — text, chat messages or token ids — or a list of them; a list comes back for a list.
+
+        `sampling` are the fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, acceptance, epsilon,
+        delta, root, …). `tree` is a number of nodes, paths, or a `Tree`. Raises PromptError and ValueError.
+        """
+        many, batch = _as_batch(prompts)
+        if not batch:
+            return []
+        params = SamplingParams(**sampling)
+        streams = [TextStream(self.backbone.tokenizer, _stops(stop)) for _ in batch]
+        requests = [
+            Request(prompt_ids=self.encode(prompt), params=params, request_id=str(i), on_token=stream.push)
+            for i, (prompt, stream) in enumerate(zip(batch, streams, strict=True))
+        ]
+        engine = self.engine(requests, tree=tree, max_batch_size=min(max_batch_size, len(batch)))
+        done = {completion.request_id: completion for completion in engine.run(requests)}
+        results = [_generation(done[str(i)], stream) for i, stream in enumerate(streams)]
+        return results if many else results[0]
+
+    def stream(
+        self, prompt: Prompt, *, stop: str | Sequence[str] = (), tree: TreeChoice = None, **sampling: Any
+    ) -> Iterator[Chunk]:
+        """The answer in pieces, one for each step as soon as it is accepted; a piece may be empty text.
+
+        Leaving the iterator early cancels the request. Bad input raises at once, not at the first piece.
+        """
+        text = TextStream(self.backbone.tokenizer, _stops(stop))
+        params = SamplingParams(**sampling)
+        request = Request(prompt_ids=self.encode(prompt), params=params, on_token=text.push)
+        engine = self.engine([request], tree=tree, max_batch_size=1)
+        engine.submit(request)
+        return self._pieces(engine, request, text)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, the chat template applied; a string is one user turn. Raises PromptError."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise PromptError("the prompt is empty; give some text")
+            prompt = [{"role": "user", "content": prompt}]
+        items = list(prompt)
+        if not items:
+            raise PromptError("the prompt is empty; give text, chat messages or token ids")
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return [int(cast(int, item)) for item in items]
+        messages = [_message(item, index) for index, item in enumerate(items)]
+        tokenizer = self.backbone.tokenizer
+        if not tokenizer.chat_template:
+            if len(messages) > 1:
+                raise PromptError(f"backbone {self.backbone.name} has no chat template; give one text or token ids")
+            return list(tokenizer(messages[0]["content"])["input_ids"])
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        except Exception as error:  # templates are programs of the model's author and raise what they like
+            raise PromptError(f"the chat template of {self.backbone.name} refuses these messages: {error}") from error
+        return list(ids["input_ids"])
+
+    def resolve_tree(self, tree: TreeChoice) -> Tree:
+        """A `Tree` from a number of nodes, paths, or None for the checkpoint's own. ValueError where the heads cannot fill it."""
+        if self.heads is None:
+            if tree is not None and tree != 1:
+                raise ValueError("a tree needs Medusa heads; load the model with heads, or leave the tree out")
+            return Tree.root_only()
+        if isinstance(tree, Tree):
+            chosen = tree
+        elif tree is None or isinstance(tree, int):
+            if isinstance(tree, int) and tree < 1:
+                raise ValueError(f"tree must have at least 1 node, got {tree}")
+            chosen = self.checkpoint.tree(tree) if self.checkpoint else Tree.chain(self.heads.num_heads)
+        else:
+            chosen = Tree.from_paths(tree)
+        chosen.check_fits(num_heads=self.heads.num_heads, vocab_size=self.heads.num_choices)
+        return chosen
+
+    def engine(self, requests: Sequence[Request], *, tree: TreeChoice, max_batch_size: int) -> Engine:
+        """An idle engine with room for these requests, kept for the next call of the same tree and batch."""
+        chosen = self.resolve_tree(tree)
+        need = max(len(request.prompt_ids) + request.params.max_tokens for request in requests)
+        limit = self.backbone.max_context
+        key = (chosen, max_batch_size)
+        known = self._engines.get(key)
+        if known is None or known.has_work or known.context_length < min(need, limit):
+            length = min(max(2 * need, 512), limit)
+            known = self._engines[key] = Engine(
+                self.backbone, self.heads, tree=chosen, max_batch_size=max_batch_size, context_length=length
+            )
+        for request in requests:
+            known.check(request)
+        return known
+
+    def _pieces(self, engine: Engine, request: Request, text: TextStream) -> Iterator[Chunk]:
+        step = 0
+        try:
+            while engine.has_work:
+                for delta in engine.step():
+                    done = delta.completion
+                    piece = text.take() if done is None else text.take() + text.finish()
+                    yield Chunk.of(piece, delta.token_ids, step, _generation(done, text) if done else None)
+                    step += 1
+        finally:
+            engine.cancel(request.request_id)
+
+
+def load(
+    backbone: str | FilePath = DEFAULT_BACKBONE,
+    *,
+    heads: str | FilePath | None = "default",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    force: bool = False,
+    fused: bool = True,
+) -> Model:
+    """A model ready to generate.
+
+    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` (the trained heads
+    that come with this package, for the default backbone) or None (plain decoding). `force` uses heads made for other
+    weights. Raises BackboneError, CheckpointError, ValueError.
+    """
+    loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused)
+    if heads is None:
+        return Model(loaded, None)
+    folder = pretrained_heads(loaded.name) if str(heads) == "default" else FilePath(heads)
+    checkpoint = load_checkpoint(folder, backbone=loaded, force=force)
+    return Model(loaded, checkpoint.heads, checkpoint)
+
+
+def _generation(completion: Completion, stream: TextStream) -> Generation:
+    if completion.error is not None:
+        raise PromptError(completion.error)
+    stream.finish()
+    return Generation(
+        text=stream.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        stats=completion.stats,
+    )
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)
+
+
+def _as_batch(prompts: Any) -> tuple[bool, list[Any]]:
+    """(is it a list of prompts?, the list). A list of messages or of ids is one prompt; so is a string."""
+    if isinstance(prompts, str):
+        return False, [prompts]
+    items = list(prompts)
+    if items and isinstance(items[0], (dict, int)):
+        return False, [items]
+    return True, items
+
+
+def _message(item: Any, index: int) -> Message:
+    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
+        raise PromptError(f'message {index} must be an object with text "role" and "content", got {str(item)[:80]}')
+    return item

@@ -1,0 +1,95 @@
+"""Keys and values of a batch of sequences, one slot each. Knows positions; knows no tokens and no tree.
+
+    Y layers, R slots, S physical positions, H key/value heads, E head size, B rows in use, N new positions
+All layers share one tensor [Y·2, R, S, H, E], so compaction and moves are one operation for the whole model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Slots of fixed size. Transformers calls `update` in every layer; everything else is the decoder's.
+
+    Write offsets are not part of transformers' call, so they live here: `begin` sets them for the coming forward.
+    A slot is zeroed when allocated and again when reused: a masked position may hold anything finite, but NaN times a
+    zero attention weight is NaN.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.store = torch.zeros(
+            num_layers * 2, num_slots, capacity, num_kv_heads, head_dim, dtype=dtype, device=device
+        )
+        self._flat = self.store.view(num_layers * 2, num_slots * capacity, num_kv_heads * head_dim)
+        self._rows = slice(0, 0)
+        self._length = 0
+        self._targets = torch.zeros(0, dtype=torch.long, device=device)
+        self._used = [0] * num_slots
+
+    def begin(self, *, first_slot: int, offsets: Tensor, num_new: int, length: int) -> None:
+        """The coming forward writes `num_new` positions behind `offsets` [B] in slots first_slot…first_slot+B−1.
+
+        Attention then sees the first `length` positions of those slots. The caller keeps offsets + num_new ≤ length.
+        """
+        batch = offsets.shape[0]
+        assert first_slot + batch <= self.num_slots and length <= self.capacity, "the engine admits what fits"
+        slots = torch.arange(first_slot, first_slot + batch, device=offsets.device)
+        new = torch.arange(num_new, device=offsets.device)
+        self._targets = ((slots * self.capacity + offsets)[:, None] + new).flatten()
+        self._rows = slice(first_slot, first_slot + batch)
+        self._length = length
+        for slot in range(first_slot, first_slot + batch):
+            self._used[slot] = max(self._used[slot], length)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Transformers' contract: key, value [B,H,N,E] in, all that attention may see [B,H,length,E] out (views)."""
+        width = self._flat.shape[-1]
+        for plane, new in ((2 * layer, key), (2 * layer + 1, value)):
+            self._flat[plane].index_copy_(0, self._targets, new.transpose(1, 2).reshape(-1, width))
+        seen = self.store[2 * layer : 2 * layer + 2, self._rows, : self._length]
+        return seen[0].transpose(1, 2), seen[1].transpose(1, 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Transformers asks only when no positions are given; the decoder always gives them."""
+        return 0
+
+    def compact(self, *, first_slot: int, offsets: Tensor, kept: Tensor) -> None:
+        """Keep the accepted path: position offsets+kept[:,j] moves to offsets+j, for every layer.
+
+        kept [B,L+1] names tree nodes in path order; a negative entry keeps its place as it is. Sources and targets
+        overlap, so everything is read before anything is written.
+        """
+        batch, slots_per_path = kept.shape
+        slots = torch.arange(first_slot, first_slot + batch, device=offsets.device)
+        base = (slots * self.capacity + offsets)[:, None]
+        place = torch.arange(slots_per_path, device=offsets.device).expand_as(kept)
+        source = (base + torch.where(kept >= 0, kept, place)).flatten()
+        target = (base + place).flatten()
+        self._flat.index_copy_(1, target, self._flat.index_select(1, source))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a sequence of `length` positions into another slot."""
+        self.free(target)
+        self.store[:, target, :length] = self.store[:, source, :length]
+        self._used[target] = length
+
+    def free(self, slot: int) -> None:
+        """Zero a slot for its next user."""
+        self.store[:, slot, : self._used[slot]] = 0
+        self._used[slot] = 0

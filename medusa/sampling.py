@@ -1,0 +1,116 @@
+"""Drawing tokens from logits, with noise that depends on nothing but its key. Knows logits; knows no tree and no model.
+
+    B rows, V vocabulary
+
+A token is drawn by Gumbel-max: argmax(filtered logits / T + g). The noise g of a token is a pure function of (seed,
+choice, position, token id), so a draw is the same whatever the tree, the batch or the step that asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.config import SCHEMES, SamplingParams
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: SplitMix64's increment
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+GREEDY, TYPICAL, REJECTION = (SCHEMES.index(name) for name in ("greedy", "typical", "rejection"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRows:
+    """The settings of B requests side by side, each field [B]; the flags say what no row needs."""
+
+    scheme: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    seed: Tensor
+    choice: Tensor
+    epsilon: Tensor
+    delta: Tensor
+    sample_root: Tensor
+    any_typical: bool
+    any_walk: bool
+    any_noise: bool
+    any_filter: bool
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], device: torch.device) -> SamplingRows:
+        def column(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        schemes = [p.scheme for p in params]
+        noisy = [p.scheme == "rejection" or (p.scheme == "typical" and p.root == "sample") for p in params]
+        return cls(
+            scheme=column([SCHEMES.index(s) for s in schemes], torch.long),
+            temperature=column([p.temperature if p.scheme != "greedy" else 1.0 for p in params], torch.float64),
+            top_p=column([p.top_p for p in params], torch.float64),
+            top_k=column([p.top_k for p in params], torch.long),
+            seed=column([p.seed for p in params], torch.long),
+            choice=column([p.choice for p in params], torch.long),
+            epsilon=column([p.epsilon for p in params], torch.float64),
+            delta=column([p.delta for p in params], torch.float64),
+            sample_root=column(noisy, torch.bool),
+            any_typical="typical" in schemes,
+            any_walk=any(s != "typical" for s in schemes),
+            any_noise=any(noisy),
+            any_filter=any(
+                s != "greedy" and (p.top_p < 1 or p.top_k > 0) for s, p in zip(schemes, params, strict=True)
+            ),
+        )
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser over int64, with logical shifts."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def gumbel_noise(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """seed, choice, position [B] int64 → standard Gumbel noise [B,V] float32, a pure function of its arguments."""
+    key = _mix(_mix(_mix(seed + GOLDEN) + choice * GOLDEN) + position * GOLDEN)
+    counter = torch.arange(1, vocab_size + 1, device=seed.device) * GOLDEN
+    bits = (_mix(key[:, None] + counter) >> 32) & 0xFFFFFFFF
+    # The small exponentials win, so the uniform is kept fine near zero and -log1p(-u) keeps it so.
+    uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """logits [B,V] at the request's temperature → the same with −inf outside top-k, then top-p (nucleus) of what is left.
+
+    top_k, top_p [B]; 0 and 1 switch them off. Ties are ranked by token id, lowest first.
+    """
+    order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    limit = torch.where(top_k > 0, top_k, logits.shape[-1])
+    kept = order.values.masked_fill(rank >= limit[:, None], float("-inf"))
+    probs = torch.softmax(kept.to(torch.promote_types(kept.dtype, torch.float32)), dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    outside[:, 0] = False
+    kept = kept.masked_fill(outside, float("-inf"))
+    return torch.empty_like(kept).scatter_(-1, order.indices, kept)
+
+
+def draw(logits: Tensor, rows: SamplingRows, position: Tensor) -> Tensor:
+    """One token [B] for each row of logits [B,V], to stand at `position` [B]: the argmax, or a keyed draw where asked.
+
+    Of equal values the lowest token id wins.
+    """
+    top = logits.argmax(dim=-1)
+    if not rows.any_noise:
+        return top
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(wide) / rows.temperature[:, None].to(wide)
+    if rows.any_filter:
+        scaled = filter_logits(scaled, rows.top_k, rows.top_p)
+    noise = gumbel_noise(rows.seed, rows.choice, position, logits.shape[-1])
+    return torch.where(rows.sample_root, (scaled + noise).argmax(dim=-1), top)

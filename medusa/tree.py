@@ -1,0 +1,154 @@
+"""Trees of candidate continuations. Knows ranks and shapes; knows no token ids, no text, no model.
+
+    N nodes, L depth of the deepest node, P leaf paths
+A path (r1, …, rk) names the node at depth k whose token is the r_k-th best of head k, below (r1, …, r_{k−1}).
+Node 0 is the root, the token that the backbone itself already chose. Everything else follows from the paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prefix-closed set of paths, sorted so that parents stand before children. Make one with `from_paths`."""
+
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> Tree:
+        """Tree of these paths; the root () is implied. ValueError for a path without its prefix or a negative rank."""
+        known = {()} | {tuple(int(rank) for rank in path) for path in paths}
+        for path in known:
+            if any(rank < 0 for rank in path):
+                raise ValueError(f"tree path {list(path)} has a negative rank; ranks count from 0")
+            if path and path[:-1] not in known:
+                raise ValueError(
+                    f"tree path {list(path)} has no parent {list(path[:-1])}; a tree must be prefix-closed"
+                )
+        return cls(tuple(sorted(known, key=lambda path: (len(path), path))))
+
+    @classmethod
+    def root_only(cls) -> Tree:
+        """The tree of one node: plain decoding."""
+        return cls.from_paths([])
+
+    @classmethod
+    def chain(cls, depth: int) -> Tree:
+        """Each head's top guess alone: `depth` nodes below the root."""
+        return cls.from_paths([(0,) * k for k in range(1, depth + 1)])
+
+    @classmethod
+    def full(cls, branching: Sequence[int]) -> Tree:
+        """The Cartesian product of the heads' top `branching[k]` guesses, the paper's first tree."""
+        level: list[Path] = [()]
+        paths: list[Path] = []
+        for width in branching:
+            level = [(*path, rank) for path in level for rank in range(width)]
+            paths += level
+        return cls.from_paths(paths)
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the root included."""
+        return len(self.paths)
+
+    @cached_property
+    def depth(self) -> int:
+        """L, how many heads the tree needs."""
+        return max(len(path) for path in self.paths)
+
+    @cached_property
+    def width(self) -> int:
+        """How many of a head's best tokens the tree needs: its largest rank plus one (0 for the root alone)."""
+        return max((rank + 1 for path in self.paths for rank in path), default=0)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of each node [N]."""
+        return tuple(len(path) for path in self.paths)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """Index of each node's parent [N]; −1 for the root."""
+        index = {path: node for node, path in enumerate(self.paths)}
+        return tuple(index[path[:-1]] if path else -1 for path in self.paths)
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Nodes without children [P]."""
+        inner = set(self.parents)
+        return tuple(node for node in range(self.num_nodes) if node not in inner)
+
+    @cached_property
+    def node_paths(self) -> Tensor:
+        """Nodes from the root to each node [N, L+1]; a slot past a node's own depth is −1: no node, never accepted."""
+        table = torch.full((self.num_nodes, self.depth + 1), -1)
+        for node in range(self.num_nodes):
+            walk = node
+            for slot in range(self.depths[node], -1, -1):
+                table[node, slot] = walk
+                walk = self.parents[walk]
+        return table
+
+    @cached_property
+    def ancestor_mask(self) -> Tensor:
+        """[N,N] bool: may node i see node j? True for its ancestors and itself, and for nothing else."""
+        mask = torch.zeros(self.num_nodes, self.num_nodes, dtype=torch.bool)
+        for node in range(self.num_nodes):
+            path = self.node_paths[node]
+            mask[node, path[path >= 0]] = True
+        return mask
+
+    def check_fits(self, *, num_heads: int, vocab_size: int) -> None:
+        """ValueError for a tree deeper than the heads or wider than the vocabulary."""
+        if self.depth > num_heads:
+            raise ValueError(
+                f"the tree is {self.depth} deep but there are {num_heads} Medusa heads; use a tree of depth {num_heads} or less"
+            )
+        if self.width > vocab_size:
+            raise ValueError(
+                f"the tree takes a head's {self.width} best tokens but the vocabulary has {vocab_size}; use smaller ranks"
+            )
+
+    def on(self, device: torch.device) -> DeviceTree:
+        """The tree's tables as tensors on a device."""
+        return DeviceTree(
+            depths=torch.tensor(self.depths, device=device),
+            parents=torch.tensor(self.parents, device=device),
+            ranks=torch.tensor([path[-1] if path else 0 for path in self.paths], device=device),
+            node_paths=self.node_paths.to(device),
+            ancestor_mask=self.ancestor_mask.to(device),
+            depth=self.depth,
+            width=self.width,
+            levels=tuple(
+                torch.tensor([n for n, d in enumerate(self.depths) if d == level], device=device)
+                for level in range(self.depth + 1)
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTree:
+    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`; `levels[d]` lists the nodes of depth d."""
+
+    depths: Tensor
+    parents: Tensor
+    ranks: Tensor
+    node_paths: Tensor
+    ancestor_mask: Tensor
+    depth: int
+    width: int
+    levels: tuple[Tensor, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        return self.depths.shape[0]
