@@ -1,0 +1,164 @@
+"""The tree of a device: how often the heads are right, what a step of each size costs, and the best between the two.
+
+Writes the grown paths, the accuracy and the chosen size into the checkpoint. arXiv 2401.10774 §2.3.3 and §4 (figure 4).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from pipelines.config import CalibrateSection, Config
+from pipelines.models import load_model, use_threads
+from pipelines.records import CALIBRATION, Answers, read_answers
+from pipelines.stage import Progress, Step, ignore_progress, main
+
+if TYPE_CHECKING:
+    from medusa import Model
+    from medusa.tree import Path as TreePath
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeCost:
+    """A tree of `nodes` on this device: tokens a step is expected to give, and its median seconds, batch 1."""
+
+    nodes: int
+    expected_tokens: float
+    step_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.expected_tokens / self.step_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateResult:
+    """The curve, and the size taken from it."""
+
+    checkpoint: Path
+    plot: Path
+    curve: tuple[SizeCost, ...]
+    num_nodes: int
+    num_positions: int
+
+    @property
+    def summary(self) -> str:
+        best = next(cost for cost in self.curve if cost.nodes == self.num_nodes)
+        return (
+            f"tree of {self.num_nodes} nodes for {self.checkpoint}: {best.expected_tokens:.2f} tokens expected a step of "
+            f"{1000 * best.step_s:.0f} ms, from {self.num_positions} positions; curve in {self.plot}"
+        )
+
+
+def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult:
+    """Calibrate the checkpoint in the working directory on the calibration answers. Raises StageError, CheckpointError."""
+    from medusa.checkpoint import save_checkpoint
+    from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
+
+    answers = read_answers(config.layout.distilled, CALIBRATION)
+    if json.loads(answers.sampling)["temperature"] > 0:
+        logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
+    use_threads(None, processes=1)
+    model = load_model(config.backbone, str(config.layout.checkpoint))
+    assert model.heads is not None
+    assert model.checkpoint is not None
+    sequences = [(row.prompt_ids, row.response_ids) for row in answers.rows]
+    hits = measure_hits(model.backbone, model.heads, sequences, num_ranks=config.calibrate.num_ranks)
+    paths = grow_paths(hits.accuracy, config.calibrate.max_nodes)
+    step_s = measure_cost(model, paths, answers, config.calibrate, progress)
+    expected = {nodes: expected_tokens(hits.accuracy, paths[: nodes - 1]) for nodes in step_s}
+    chosen = best_size(expected, step_s)
+    curve = tuple(SizeCost(nodes=n, expected_tokens=expected[n], step_s=step_s[n]) for n in sorted(step_s))
+    device = f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", "")
+    save_checkpoint(
+        config.layout.checkpoint,
+        model.heads,
+        paths=paths,
+        backbone_name=model.backbone.name,
+        backbone_fingerprint=model.backbone.fingerprint,
+        default_nodes=chosen,
+        accuracy=hits.accuracy,
+        card=model.checkpoint.card | {"Tree": {"nodes": chosen, "answers": len(answers.rows), "chosen for": device}},
+    )
+    folder = config.layout.calibration
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "num_nodes": chosen,
+        "device": device,
+        "curve": [asdict(cost) for cost in curve],
+        "accuracy": hits.accuracy.tolist(),
+    }
+    (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return CalibrateResult(
+        checkpoint=config.layout.checkpoint,
+        plot=draw(folder / "calibration.png", curve, chosen),
+        curve=curve,
+        num_nodes=chosen,
+        num_positions=int(hits.counts[0]),
+    )
+
+
+def measure_cost(
+    model: Model, paths: list[TreePath], answers: Answers, config: CalibrateSection, progress: Progress
+) -> dict[int, float]:
+    """Nodes → median seconds of a step, batch 1. The sizes take turns, so that a busy moment falls on all of them."""
+    from medusa.config import SamplingParams
+    from medusa.engine import Engine
+    from medusa.tree import Tree
+    from pipelines.timing import median_step_s, trace
+
+    sizes = sorted({1, *(nodes for nodes in config.sizes if nodes <= len(paths) + 1)})
+    prompt = min((row.prompt_ids for row in answers.rows), key=len)
+    params = SamplingParams(max_tokens=config.tokens_per_size, ignore_eos=True)
+    length = min(len(prompt) + config.tokens_per_size + 1, model.backbone.max_context)
+    engines = {
+        nodes: Engine(
+            model.backbone,
+            model.heads if nodes > 1 else None,
+            tree=Tree.from_paths(paths[: nodes - 1]),
+            max_batch_size=1,
+            context_length=length,
+        )
+        for nodes in sizes
+    }
+    measured: dict[int, list[float]] = {nodes: [] for nodes in sizes}
+    for turn in range(config.rounds + 1):  # the first warms up
+        for nodes, engine in engines.items():
+            seconds = median_step_s([trace(engine, prompt, params)])
+            if turn:
+                measured[nodes].append(seconds)
+        progress(Step(done=turn, total=config.rounds, note="rounds of step times"))
+    return {nodes: median(seconds) for nodes, seconds in measured.items()}
+
+
+def draw(path: Path, curve: tuple[SizeCost, ...], chosen: int) -> Path:
+    """Expected tokens, step time and their quotient over the tree's size."""
+    from matplotlib.figure import Figure
+
+    nodes = [cost.nodes for cost in curve]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].plot(nodes, [cost.expected_tokens for cost in curve], marker="o")
+    panels[0].set_title("expected tokens a step")
+    panels[1].plot(nodes, [1000 * cost.step_s for cost in curve], marker="o")
+    panels[1].set_title("step time, ms")
+    panels[2].plot(nodes, [cost.tokens_per_s for cost in curve], marker="o")
+    panels[2].set_title(f"expected tokens/s, best at {chosen} nodes")
+    panels[2].axvline(chosen, linestyle=":")
+    for panel in panels:
+        panel.set_xlabel("nodes")
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+if __name__ == "__main__":
+    main("calibrate", run)

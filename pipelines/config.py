@@ -1,0 +1,346 @@
+"""The one typed configuration of the life cycle: YAML and `key=value` in, frozen models out. Knows no Ray, no tensors.
+
+Each default stands here and nowhere else; the files in `configs/` hold only what differs from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from pipelines.errors import ConfigError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _absolute_folder(text: str) -> str:
+    """A folder is named absolutely, because Ray's workers run in folders of their own; other names stay."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.is_dir() else text
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneSection(Section):
+    """The model that is sped up. `dtype` is what it decodes in; "auto" is bfloat16."""
+
+    name: NameOrFolder = "smollm2-135m"
+    dtype: str = "auto"
+    device: str | None = None
+
+
+class HeadsSection(Section):
+    """Shape of fresh heads, used with `train.init_from: none`; otherwise the shape is read from the tensors."""
+
+    num_heads: PositiveInt = 5
+    num_layers: PositiveInt = 1
+    lm_heads: Literal["shared", "own"] = "shared"
+
+
+class RaySection(Section):
+    """Where Ray runs. `address` null starts an in-process Ray that ends with the command; "auto" joins a cluster.
+
+    `num_cpus` are logical: null declares at least 4, so that actors never starve the tasks that feed them.
+    """
+
+    address: str | None = None
+    num_cpus: PositiveInt | None = None
+    object_store_mb: PositiveInt | None = None
+
+
+class PromptsSection(Section):
+    """What is asked. `path` null is the built-in set; a file is JSONL or Parquet of any common shape.
+
+    `calibration_share` of a file's prompts calibrate the tree and are never trained on. Limits null mean all.
+    """
+
+    path: AbsolutePath | None = None
+    limit: PositiveInt | None = None
+    calibration_limit: PositiveInt | None = None
+    calibration_share: Share = 0.1
+    max_turns: PositiveInt = 4
+
+
+class DistillSection(Section):
+    """How the backbone answers. `heads` ("default", a folder, "none") only speed it up: greedy output is the same.
+
+    `rows_per_file` prompts are answered and committed together. `cpus_per_actor` is Ray's logical share;
+    `threads` are real ones, null divides the machine's cores among the actors.
+    """
+
+    max_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: NonNegativeInt = 0
+    heads: NameOrFolder = "default"
+    num_actors: PositiveInt = 1
+    batch_size: PositiveInt = 8
+    rows_per_file: PositiveInt = 64
+    context_length: PositiveInt = 2048
+    cpus_per_actor: PositiveFloat = 0.5
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    threads: PositiveInt | None = None
+    retry_errors: bool = False
+
+
+class TrainSection(Section):
+    """MEDUSA-1 (arXiv 2401.10774 §2.2.1): the backbone is frozen, the heads learn.
+
+    A step takes `batch_positions` positions over all workers. The rows are cut into `shards` lanes (null: one per
+    worker); the run is the same function of the data for any number of workers that divides them.
+    `init_from`: "default" (shipped heads), a checkpoint folder, or "none" (fresh heads).
+    """
+
+    init_from: NameOrFolder = "default"
+    steps: PositiveInt = 1000
+    batch_positions: PositiveInt = 1024
+    lr_heads: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 40
+    final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    chunk_size: PositiveInt = 256
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_workers: PositiveInt = 1
+    shards: PositiveInt | None = None
+    cpus_per_worker: PositiveFloat = 1.0
+    threads: PositiveInt | None = None
+    use_gpu: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    holdout_share: Share = 0.05
+    checkpoint_every: PositiveInt = 100
+    log_every: PositiveInt = 5
+    max_failures: NonNegativeInt = 2
+    seed: NonNegativeInt = 0
+
+
+class CalibrateSection(Section):
+    """How the tree is chosen: nested trees up to `max_nodes`, the cost of each of `sizes` measured on this device."""
+
+    max_nodes: Annotated[int, Field(ge=2)] = 64
+    num_ranks: Annotated[int, Field(ge=2)] = 16
+    sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32, 64)
+    tokens_per_size: PositiveInt = 48
+    rounds: PositiveInt = 3
+
+
+class EvaluateSection(Section):
+    """What is measured on: prompts never trained or calibrated on. `identity_prompts` are decoded again in float32."""
+
+    path: AbsolutePath | None = None
+    num_prompts: PositiveInt = 12
+    max_tokens: PositiveInt = 128
+    rounds: PositiveInt = 1
+    identity_prompts: PositiveInt = 4
+
+
+class RegistrySection(Section):
+    """Where runs and versions live. Null URIs mean SQLite and a folder inside the working directory."""
+
+    tracking_uri: str | None = None
+    artifact_uri: str | None = None
+    experiment: str = "medusa"
+    model_name: str = "medusa-heads"
+
+
+class PromoteSection(Section):
+    """The gate: a challenger may fall below the champion by these relative margins, no more. Speed is noisier."""
+
+    acceleration_margin: Share = 0.02
+    speedup_margin: Share = 0.10
+    min_acceleration: PositiveFloat = 1.0
+    lock_timeout_s: PositiveFloat = 60.0
+    force: bool = False
+
+
+class ServeSection(Section):
+    """What serving needs to know; the serving layer reads it, this layer only carries it."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_batch_size: PositiveInt = 8
+    context_length: PositiveInt = 2048
+    alias: str = "champion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where each stage leaves its product below the working directory; the only place that names these files."""
+
+    root: Path
+
+    @property
+    def distilled(self) -> Path:
+        """Parquet files of `records.ANSWERS`."""
+        return self.root / "distilled"
+
+    @property
+    def training(self) -> Path:
+        """Ray Train's storage: one folder per training run."""
+        return self.root / "training"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The heads being made: written by train, given its tree by calibrate, read by evaluate and register."""
+        return self.root / "checkpoint"
+
+    @property
+    def calibration(self) -> Path:
+        return self.root / "calibration"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def versions(self) -> Path:
+        """Registered versions fetched from the registry, one folder each."""
+        return self.root / "versions"
+
+    @property
+    def tracking_db(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+
+class Config(Section):
+    """Everything that the life cycle can be told."""
+
+    workdir: AbsolutePath = Field(default=Path("medusa-work"), validate_default=True)
+    backbone: BackboneSection = BackboneSection()
+    heads: HeadsSection = HeadsSection()
+    ray: RaySection = RaySection()
+    prompts: PromptsSection = PromptsSection()
+    distill: DistillSection = DistillSection()
+    train: TrainSection = TrainSection()
+    calibrate: CalibrateSection = CalibrateSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    registry: RegistrySection = RegistrySection()
+    promote: PromoteSection = PromoteSection()
+    serve: ServeSection = ServeSection()
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(root=self.workdir)
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Configuration from a YAML file (None: defaults alone) with `section.key=value` laid over it.
+
+    `path` is a file, or the bare name of one that ships in `configs/` ("laptop"). Raises ConfigError, one line,
+    naming the file or key, the value and the fix.
+    """
+    tree = _read_yaml(_find(path)) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    _refuse_unknown(tree, Config)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(path: Path) -> Path:
+    shipped = CONFIGS / f"{path}.yaml"
+    if path.is_file():
+        return path
+    if path.suffix == "" and path.parent == Path() and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+    raise ConfigError(f"no configuration file at {path}; give a YAML file or one of the shipped names: {known}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got a {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Lay one `a.b=value` over `tree`; the value is read as YAML, so 3, true, null and [1, 2] mean what they say."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str = "") -> None:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        field = model.model_fields.get(str(key))
+        if field is None:
+            raise ConfigError(f"unknown configuration key {name!r}{_nearest(name)}")
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} must be a section of keys, got {value!r}")
+            _refuse_unknown(value, section, f"{name}.")
+
+
+def _nearest(name: str) -> str:
+    """The known key most like `name`; a key that stands in another section counts as close."""
+    known = list(_keys(Config))
+    by_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = by_leaf[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; sections are {', '.join(Config.model_fields)}"
+
+
+def _keys(model: type[Section], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    return f"{where}: {item['msg'][:1].lower()}{item['msg'][1:]}, got {item['input']!r}"

@@ -1,0 +1,36 @@
+"""From configuration to loaded models: the words "default" and "none", real threads. Knows medusa; knows no Ray."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pipelines.config import BackboneSection
+
+if TYPE_CHECKING:
+    from medusa import Model
+
+
+def heads_choice(text: str) -> str | None:
+    """What `medusa.load(heads=)` wants: "none" is None; "default" and folders stay."""
+    return None if text == "none" else text
+
+
+def load_model(backbone: BackboneSection, heads: str, *, dtype: str | None = None) -> Model:
+    """Backbone with heads ("default", a folder, "none"), in the backbone's dtype unless another is asked for."""
+    from transformers.utils import logging as transformers_logging
+
+    import medusa
+
+    transformers_logging.disable_progress_bar()  # a stage shows its own
+    return medusa.load(backbone.name, heads=heads_choice(heads), dtype=dtype or backbone.dtype, device=backbone.device)
+
+
+def use_threads(wanted: int | None, *, processes: int) -> None:
+    """Compute threads of this process: `wanted`, or the machine's cores divided among `processes`.
+
+    Ray sets OMP_NUM_THREADS from an actor's logical CPUs, which say little about the cores that it may use.
+    """
+    import torch
+
+    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // processes))

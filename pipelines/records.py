@@ -1,0 +1,101 @@
+"""What passes between distillation and training, declared once: the Arrow schema of an answer. Knows Arrow and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import DistillSection
+from pipelines.errors import StageError
+
+TRAIN, CALIBRATION = "train", "calibration"
+
+# One answered (or failed) turn. Turn n of prompt p has the id "p" for n = 1, else "p/n".
+ANSWERS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),  # "train" or "calibration"
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # the chat so far, through the open answer
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),  # end of sequence included, where it came
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string()),  # "stop", "length"; null where the turn failed
+        pa.field("sampling", pa.string(), nullable=False),  # see sampling_key
+        pa.field("backbone", pa.string(), nullable=False),  # fingerprint
+        pa.field("error", pa.string()),  # null where the turn was answered
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answered turn, as token ids."""
+
+    id: str
+    prompt_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers of one part, in the order of their ids, and where they come from."""
+
+    rows: tuple[Answer, ...]
+    backbone: str
+    sampling: str
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.response_ids) for row in self.rows)
+
+
+def sampling_key(config: DistillSection) -> str:
+    """The settings that an answer depends on, as one comparable string."""
+    return json.dumps(config.model_dump(include={"max_tokens", "temperature", "top_p", "seed"}), sort_keys=True)
+
+
+def answer_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
+
+
+def scan(folder: Path, columns: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every row of a folder of answers, `columns` only. Raises StageError for a file that is not one of ours."""
+    names = list(columns) if columns is not None else ANSWERS.names
+    for file in answer_files(folder):
+        try:
+            yield from pq.read_table(file, columns=names).to_pylist()
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise StageError(f"{file} is not a file of distilled answers: {error}") from None
+
+
+def read_answers(folder: Path, part: str) -> Answers:
+    """The answered turns of one part; a turn answered twice counts once, failed ones not at all.
+
+    Raises StageError when there are none, or when they come from several backbones.
+    """
+    rows = {row["id"]: row for row in scan(folder) if row["part"] == part and row["error"] is None}
+    if not rows:
+        raise StageError(f"no {part} answers in {folder}; run `distill` first")
+    ordered = [rows[key] for key in sorted(rows)]
+    backbones = sorted({row["backbone"] for row in ordered})
+    if len(backbones) > 1:
+        raise StageError(
+            f"{folder} holds answers of {len(backbones)} backbones ({', '.join(backbones)}); use one workdir for each"
+        )
+    digest = hashlib.sha256()
+    for row in ordered:
+        digest.update(json.dumps([row["id"], row["prompt_ids"], row["response_ids"]]).encode())
+    kept = tuple(Answer(**{name: row[name] for name in Answer.__dataclass_fields__}) for row in ordered)
+    return Answers(
+        rows=kept, backbone=backbones[0], sampling=ordered[0]["sampling"], fingerprint=digest.hexdigest()[:16]
+    )

@@ -1,0 +1,90 @@
+"""An evaluated checkpoint becomes a version and the challenger. Knows folders and the registry; loads no model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from medusa.checkpoint import load_checkpoint
+from pipelines.config import Config, dump_config
+from pipelines.errors import StageError
+from pipelines.registry import CHALLENGER, VERSION_FOLDER, Registry, folder_digest, open_registry
+from pipelines.report import Evaluation, read_evaluation
+from pipelines.stage import Progress, Step, ignore_progress, main
+
+TAG_DIGEST, TAG_EVALUATION, TAG_BACKBONE = "medusa.digest", "medusa.evaluation", "medusa.backbone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterResult:
+    """The version that the checkpoint is; `created` False where it had been registered before."""
+
+    version: int
+    model_name: str
+    run_id: str
+    created: bool
+
+    @property
+    def summary(self) -> str:
+        how = "is" if self.created else "was already there and is"
+        return f"version {self.version} of {self.model_name} {how} {CHALLENGER}"
+
+
+def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
+    """Register the working directory's checkpoint. The same checkpoint is never registered twice.
+
+    Raises StageError where it was not evaluated as it is now, CheckpointError where it is damaged.
+    """
+    folder = config.layout.checkpoint
+    if not folder.is_dir():
+        raise StageError(f"no checkpoint at {folder}; run `train` first")
+    checkpoint = load_checkpoint(folder)
+    evaluation = read_evaluation(config.layout.evaluation)
+    digest = folder_digest(folder)
+    if evaluation.checkpoint_digest != digest:
+        raise StageError(
+            f"{folder} is not what was evaluated (digest {digest}, then {evaluation.checkpoint_digest}); run `evaluate`"
+        )
+    registry = open_registry(config)
+    known = next((version for version in registry.versions() if version.tags.get(TAG_DIGEST) == digest), None)
+    if known is not None:
+        registry.tag(known.number, {TAG_EVALUATION: evaluation.to_json()})
+        version = known
+    else:
+        run_id = _run_id(registry, checkpoint.card, digest)
+        source = registry.log_folder(run_id, folder, f"{VERSION_FOLDER}-{digest}")
+        for extra in (config.layout.evaluation, config.layout.calibration):
+            if extra.is_dir():
+                registry.log_folder(run_id, extra, f"{extra.name}-{digest}")
+        registry.log_text(run_id, dump_config(config), f"config-{digest}.yaml")
+        registry.log_metrics(run_id, _numbers(evaluation))
+        tags = {
+            TAG_DIGEST: digest,
+            TAG_EVALUATION: evaluation.to_json(),
+            TAG_BACKBONE: f"{checkpoint.backbone_name} {checkpoint.backbone_fingerprint}",
+        }
+        version = registry.add_version(run_id, source, tags)
+    with registry.lock(config.promote.lock_timeout_s):
+        registry.set_alias(CHALLENGER, version.number)
+    progress(Step(done=1, total=1, note=f"version {version.number}"))
+    return RegisterResult(
+        version=version.number, model_name=config.registry.model_name, run_id=version.run_id, created=known is None
+    )
+
+
+def _run_id(registry: Registry, card: dict[str, dict[str, str]], digest: str) -> str:
+    """The training run that the card names, if this registry has it; else a run of the checkpoint's own."""
+    named = card.get("Run", {}).get("mlflow")
+    if named and registry.has_run(named):
+        return named
+    run_id = registry.run_for(f"checkpoint-{digest}", {})
+    registry.end_run(run_id)
+    return run_id
+
+
+def _numbers(evaluation: Evaluation) -> dict[str, float]:
+    fields = {name: float(value) for name, value in asdict(evaluation).items() if isinstance(value, (int, float))}
+    return fields | {"overhead": evaluation.overhead, "speedup": evaluation.speedup}
+
+
+if __name__ == "__main__":
+    main("register", run)
