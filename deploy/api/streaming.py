@@ -1,0 +1,71 @@
+"""Server-sent events and client disconnects, on bare ASGI. Knows how bytes leave; knows nothing of what they say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+DONE = "data: [DONE]\n\n"
+
+
+def event(payload: BaseModel) -> str:
+    """One event whose data is `payload` as JSON."""
+    return f"data: {payload.model_dump_json()}\n\n"
+
+
+class EventStream(Response):
+    """Sends each event as its own body message the moment it exists, and closes `events` when the client goes.
+
+    Closing the generator runs its `finally`, which is where a request is cancelled; starlette's StreamingResponse
+    leaves that to the garbage collector.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str]) -> None:
+        # Proxies must pass events on as they come.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _until_disconnect(self._send(send), receive)
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for text in events:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_disconnected(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """Result of `work`, which is cancelled when the client goes first; ClientDisconnect then."""
+    return await _until_disconnect(work, request.receive)
+
+
+async def _until_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

