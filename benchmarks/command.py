@@ -1,0 +1,43 @@
+"""What the measuring commands share: where results go, which trees a model offers, how an error is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from benchmarks.prompts import Prompt
+from medusa.errors import MedusaError
+from medusa.generate import Model
+from medusa.tree import Tree
+
+RESULTS = Path(__file__).parent / "results"
+console = Console()
+
+
+def choose_trees(model: Model, sizes: Sequence[int]) -> list[Tree]:
+    """The best tree of each size; without sizes the model's own. ValueError for a size that the heads cannot fill."""
+    return [model.resolve_tree(size) for size in dict.fromkeys(sizes)] or [model.tree]
+
+
+def dtype_name(model: Model) -> str:
+    return str(model.backbone.dtype).removeprefix("torch.")
+
+
+def describe(backbone: str, dtype: str, rows: Sequence[Prompt], file: Path | None) -> dict[str, object]:
+    """The settings that every result names; the folder of the prompts file is nobody's business."""
+    prompts = f"{len(rows)} ({file.name if file else 'built-in'})"
+    return {"backbone": backbone, "dtype": dtype, "prompts": prompts, "temperature": 0}
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """A command line with one-line errors: exit code 2 for what the user can put right."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        typer.run(command)
+    except (MedusaError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None

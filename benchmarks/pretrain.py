@@ -1,0 +1,205 @@
+"""`python -m benchmarks.pretrain`: how the heads in `medusa/pretrained` were made, on one machine without Ray.
+
+    P positions of a step, K heads, D hidden, V vocabulary
+
+The life cycle's own way is `medusa train`, which computes the whole softmax. On two cores that softmax is nearly all of
+the time, so this script samples it: every frequent token, every label of the step, and a random few of the rest, whose
+weight in the normaliser is multiplied by how many they stand for (importance sampling; Jean et al., arXiv 1412.2007).
+Held-out accuracy is measured over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow.parquet as pq
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.command import console, run_command
+from medusa.backbone import Backbone, load_backbone
+from medusa.checkpoint import save_checkpoint
+from medusa.config import HeadsConfig
+from medusa.heads import MedusaHeads
+from medusa.losses import HEAD_DECAY, IGNORE, head_targets
+from medusa.provision import DEFAULT_BACKBONE
+from medusa.tree_search import MAX_RANKS, HitTable, count_hits, expected_tokens, grow_paths
+
+FREQUENT, RANDOM = 4096, 1024
+CHUNK = 1280
+HELD_OUT_PERCENT = 4
+MAX_HELD_OUT = 3000
+# Reasoning problems are many and alike; open-ended prompts are few and what people ask.
+SOURCE_WEIGHT = {"gsm8k": 0.5, "self-prompted": 2.0, "arena-hard": 2.0, "ultrachat": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Hidden states [P,D] with the heads' targets [P,K] and how often each is drawn [P]."""
+
+    hidden: Tensor
+    targets: Tensor
+    weight: Tensor
+
+
+def is_held_out(row_id: str) -> bool:
+    return int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+
+
+@torch.inference_mode()
+def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positions:
+    """One forward a row; only the positions that predict answer tokens are kept, as bfloat16."""
+    hidden, targets, weight = [], [], []
+    for done, row in enumerate(rows):
+        prompt, answer = row["prompt_ids"], row["response_ids"]
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([IGNORE] * len(prompt) + answer)
+        wanted = head_targets(labels, num_heads)
+        own = slice(len(prompt) - 1, len(prompt) + len(answer) - 2)  # the last of them still has one target
+        hidden.append(backbone.hidden_states(ids)[0, own].to(torch.bfloat16))
+        targets.append(wanted[own])
+        weight.append(torch.full((len(wanted[own]),), SOURCE_WEIGHT.get(row["source"], 1.0)))
+        if done % 100 == 0:
+            console.print(f"hidden states of {done} of {len(rows)} rows")
+    return Positions(hidden=torch.cat(hidden), targets=torch.cat(targets), weight=torch.cat(weight))
+
+
+class SampledSoftmax:
+    """Loss and gradient of features against an lm_head [V,D] over a sampled vocabulary."""
+
+    def __init__(self, lm_head: Tensor, targets: Tensor) -> None:
+        """`targets` of the whole data set say which tokens are frequent."""
+        counts = torch.bincount(targets[targets != IGNORE], minlength=len(lm_head))
+        order = counts.argsort(descending=True)
+        self.lm_head = lm_head
+        self.frequent = order[:FREQUENT].sort().values
+        self.rest = order[FREQUENT:]
+        self.frequent_weight = lm_head[self.frequent].contiguous()
+        self.place = torch.full((len(lm_head),), -1)
+        self.place[self.frequent] = torch.arange(len(self.frequent))
+
+    def gradient(self, features: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """features [P·K,D], targets [P·K], weights [P·K] → cross-entropy of each row [P·K], gradient [P·K,D]."""
+        real = targets != IGNORE
+        labels = targets[real].unique()
+        rare = labels[self.place[labels] < 0]
+        drawn = self.rest[torch.randint(len(self.rest), (RANDOM,))].unique() if len(self.rest) else self.rest
+        drawn = drawn[~torch.isin(drawn, rare)]
+        side = torch.cat([rare, drawn])
+        stands_for = math.log((len(self.rest) - len(rare)) / max(len(drawn), 1)) if len(drawn) else 0.0
+        correction = torch.cat([torch.zeros(len(rare)), torch.full((len(drawn),), stands_for)])
+        side_weight = self.lm_head[side]
+        self.place[side] = len(self.frequent) + torch.arange(len(side))
+        column = self.place[targets.clamp_min(0)].clamp_min(0)
+        self.place[side] = -1
+
+        losses, gradient = torch.empty(len(features)), torch.empty_like(features)
+        for start in range(0, len(features), CHUNK):
+            rows = slice(start, start + CHUNK)
+            x, index = features[rows], column[rows, None]
+            logits = torch.cat([x @ self.frequent_weight.t(), x @ side_weight.t() + correction], dim=1)
+            log_z = torch.logsumexp(logits, dim=1)
+            losses[rows] = log_z - logits.gather(1, index)[:, 0]
+            p = logits.sub_(log_z[:, None]).exp_()
+            p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
+            p.mul_((row_weight[rows] * real[rows])[:, None])
+            gradient[rows] = p[:, :FREQUENT] @ self.frequent_weight + p[:, FREQUENT:] @ side_weight
+        return losses * real, gradient
+
+
+@torch.inference_mode()
+def held_out(heads: MedusaHeads, backbone: Backbone, positions: Positions) -> HitTable:
+    """Hits by rank over the whole vocabulary, on a fixed sample of the held-out positions."""
+    total = HitTable(hits=torch.zeros(heads.num_heads, MAX_RANKS).long(), counts=torch.zeros(heads.num_heads).long())
+    chosen = torch.randperm(len(positions.hidden), generator=torch.Generator().manual_seed(1))[:MAX_HELD_OUT]
+    for part in chosen.split(128):
+        guesses = heads.guesses(
+            positions.hidden[part].float(), backbone.lm_head_for(heads.vocabulary), num_ranks=MAX_RANKS
+        )
+        total = total + count_hits(guesses, positions.targets[part])
+    return total
+
+
+def batches(positions: Positions, size: int) -> Iterator[Tensor]:
+    """Endless batches of indices, drawn by weight, a new draw each epoch."""
+    count = len(positions.weight)
+    while True:
+        order = torch.multinomial(positions.weight, min(count, 2**24 - 1), replacement=True)
+        yield from (part for part in order.split(size) if len(part) == size)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Parquet of answers: id, source, prompt_ids, response_ids")],
+    out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
+    steps: Annotated[int, typer.Option()] = 4400,
+    batch: Annotated[int, typer.Option(help="positions of a step")] = 512,
+    num_heads: Annotated[int, typer.Option()] = 5,
+    num_layers: Annotated[int, typer.Option()] = 2,
+    lr: Annotated[float, typer.Option()] = 2e-3,
+    warmup: Annotated[int, typer.Option()] = 60,
+    limit: Annotated[int | None, typer.Option(help="rows to use (default: all)")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train heads of the default backbone on its own answers."""
+    torch.manual_seed(seed)
+    backbone = load_backbone(DEFAULT_BACKBONE, dtype="float32", fused=False)
+    rows = pq.read_table(data, columns=["id", "source", "prompt_ids", "response_ids"]).to_pylist()[:limit]
+    rows = [row for row in rows if len(row["response_ids"]) > 1]
+    train = positions_of([row for row in rows if not is_held_out(row["id"])], backbone, num_heads)
+    test = positions_of([row for row in rows if is_held_out(row["id"])] or rows[:1], backbone, num_heads)
+    lm_head = backbone.lm_head_weight.detach()
+    softmax = SampledSoftmax(lm_head, train.targets)
+    heads = MedusaHeads(
+        HeadsConfig(num_heads=num_heads, num_layers=num_layers),
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+    )
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
+    decay = torch.tensor([HEAD_DECAY**k for k in range(1, num_heads + 1)]).repeat(batch)
+    began = time.time()
+    for step, chosen in zip(range(steps), batches(train, batch), strict=False):
+        targets = train.targets[chosen].flatten()
+        features = heads.features(train.hidden[chosen].float())
+        losses, gradient = softmax.gradient(features.detach().flatten(0, 1), targets, decay / batch)
+        share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = lr * share
+        optimizer.zero_grad()
+        features.backward(gradient.view_as(features))
+        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            counts = (targets != IGNORE).view(-1, num_heads).sum(0)
+            told = ", ".join(f"{x:.3f}" for x in (losses.view(-1, num_heads).sum(0) / counts).tolist())
+            console.print(
+                f"step {step + 1}: loss by head {told}; {(step + 1) * batch / (time.time() - began):.0f} pos/s"
+            )
+    accuracy = held_out(heads, backbone, test).accuracy
+    paths = grow_paths(accuracy, 64)
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()[:16]
+    save_checkpoint(
+        out,
+        heads,
+        paths=paths,
+        backbone_name=DEFAULT_BACKBONE,
+        backbone_fingerprint=backbone.fingerprint,
+        default_nodes=16,
+        accuracy=accuracy,
+        card={
+            "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, MEDUSA-1, backbone frozen.",
+            "Data": {"answers": len(rows), "positions": len(train.hidden), "file digest": digest},
+            "Settings": {"steps": steps, "positions a step": batch, "learning rate": lr, "seed": seed},
+        },
+    )
+    console.print(f"{out}: {expected_tokens(accuracy, paths):.2f} tokens a step expected of {len(paths) + 1} nodes")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""Fixtures of every tier of tests. Nothing here reaches a network: models are tiny, random and made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, transformers, ray or mlflow are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import save_tiny_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in float32 with its tokenizer: `medusa.load(tiny_folder, heads=None)` works offline.
+
+    Read-only by agreement: the whole session shares it.
+    """
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "llama", "llama", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same random state and leaves none behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests under integration/, e2e/ and gpu/ carry that marker without saying so."""
+    tiers = {"integration", "e2e", "gpu"}
+    here = Path(__file__).parent
+    for item in items:
+        for tier in tiers & set(item.path.relative_to(here).parts):
+            item.add_marker(tier)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

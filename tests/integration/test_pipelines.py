@@ -1,0 +1,260 @@
+"""The life cycle on real Ray, DeepSpeed and MLflow with a tiny random backbone. One Ray for the whole file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import medusa
+from medusa.checkpoint import load_checkpoint
+from pipelines import calibrate, demo, distill, evaluate, promote, register, train
+from pipelines.cluster import ray_session
+from pipelines.config import Config, load_config
+from pipelines.errors import ConfigError, StageError
+from pipelines.records import CALIBRATION, TRAIN, answer_files, read_answers, scan
+from pipelines.registry import folder_digest, open_registry, resolve
+from pipelines.stage import Step
+
+STEPS = 10
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def configure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Configure:
+    """A configuration over one working directory of this file, or over `workdir`, with overrides laid over it."""
+    shared = tmp_path_factory.mktemp("life")
+
+    def make(*overrides: str, workdir: Path = shared) -> Config:
+        return load_config(
+            None,
+            [
+                f"workdir={workdir}",
+                f"backbone.name={tiny_folder}",
+                "backbone.dtype=float32",
+                "prompts.limit=12",
+                "prompts.calibration_limit=3",
+                "distill.heads=none",
+                "distill.max_tokens=16",
+                "distill.context_length=256",
+                "distill.rows_per_file=5",
+                "heads.num_heads=3",
+                "train.init_from=none",
+                f"train.steps={STEPS}",
+                "train.warmup_steps=2",
+                "train.lr_heads=0.02",
+                "train.batch_positions=64",
+                "train.shards=2",
+                "train.holdout_share=0.2",
+                "train.checkpoint_every=4",
+                "train.log_every=1",
+                "train.threads=1",
+                "calibrate.sizes=[1, 4, 8]",
+                "calibrate.tokens_per_size=8",
+                "calibrate.rounds=1",
+                "evaluate.num_prompts=3",
+                "evaluate.max_tokens=16",
+                "evaluate.identity_prompts=3",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def _ray(configure: Configure) -> Iterator[None]:
+    with ray_session(configure("ray.object_store_mb=128")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def distilled(configure: Configure, _ray: None) -> Path:
+    config = configure()
+    distill.run(config)
+    return config.layout.distilled
+
+
+@pytest.fixture(scope="module")
+def trained(configure: Configure, distilled: Path) -> train.TrainResult:
+    return train.run(configure("train.num_workers=2"))
+
+
+def _ids(folder: Path) -> Counter[str]:
+    return Counter(row["id"] for row in scan(folder, ["id"]))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(folder).heads.named_parameters())
+
+
+def _same_heads(first: Path, second: Path) -> None:
+    """Equal to bfloat16's last place, in which they are stored; and moved from where they began, which was zero."""
+    one, two = _weights(first), _weights(second)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(
+            weight, two[name], rtol=2e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert max(float(weight.detach().abs().max()) for weight in one.values()) > 0.01
+
+
+def test_each_prompt_is_answered_exactly_once(configure: Configure, distilled: Path) -> None:
+    assert _ids(distilled).total() == len(_ids(distilled)) == 15
+    assert (len(read_answers(distilled, TRAIN).rows), len(read_answers(distilled, CALIBRATION).rows)) == (12, 3)
+
+
+def test_answers_are_those_of_plain_greedy_decoding(configure: Configure, distilled: Path, tiny_folder: Path) -> None:
+    model = medusa.load(tiny_folder, heads=None, dtype="float32")
+    row = read_answers(distilled, TRAIN).rows[0]
+    assert model.generate(row.prompt_ids, max_tokens=16).token_ids == row.response_ids
+
+
+def test_a_rerun_answers_only_what_is_missing(configure: Configure, distilled: Path, tmp_path: Path) -> None:
+    config = configure(workdir=tmp_path)
+    assert distill.run(config).num_asked == 15
+    before = {row["id"]: row["response_ids"] for row in scan(tmp_path / "distilled")}
+    untouched = distill.run(config)
+    assert (untouched.num_asked, untouched.num_done_before, untouched.num_answers) == (0, 15, 15)
+    answer_files(tmp_path / "distilled")[1].unlink()
+    steps: list[Step] = []
+    assert 0 < distill.run(config, steps.append).num_asked < 15
+    assert {row["id"]: row["response_ids"] for row in scan(tmp_path / "distilled")} == before
+    assert _ids(tmp_path / "distilled").total() == 15
+    assert steps[-1].done == steps[-1].total
+    with pytest.raises(ConfigError, match="max_tokens"):
+        distill.run(configure("distill.max_tokens=8", workdir=tmp_path))
+
+
+def test_training_lowers_the_loss_and_leaves_a_checkpoint_with_its_origin(
+    configure: Configure, trained: train.TrainResult
+) -> None:
+    registry = open_registry(configure())
+    history = registry.history(trained.run_id, "loss")
+    assert [step for step, _ in history] == list(range(1, STEPS + 1))
+    assert history[-1][1] < history[0][1] - 0.05
+    assert len(trained.top1) == 3
+    card = load_checkpoint(trained.checkpoint).card
+    assert card["Run"]["mlflow"] == trained.run_id
+    assert card["Data"]["fingerprint"] == read_answers(configure().layout.distilled, TRAIN).fingerprint
+
+
+def test_two_workers_learn_what_one_worker_with_the_whole_batch_learns(
+    configure: Configure, trained: train.TrainResult, tmp_path: Path
+) -> None:
+    alone = _copy_answers(configure("train.num_workers=1", "train.zero_stage=0", workdir=tmp_path), configure())
+    result = train.run(alone)
+    assert result.run_name != trained.run_name
+    _same_heads(result.checkpoint, trained.checkpoint)
+    assert result.top5 == pytest.approx(trained.top5, abs=0.05)
+
+
+def test_a_finished_run_is_not_repeated(configure: Configure, trained: train.TrainResult) -> None:
+    before = folder_digest(trained.checkpoint)
+    again = train.run(configure("train.num_workers=2"))
+    assert (again.run_id, again.steps) == (trained.run_id, STEPS)
+    assert folder_digest(again.checkpoint) == before
+    assert len(open_registry(configure()).history(trained.run_id, "loss")) == STEPS
+
+
+def fail_once_at_step_6(settings: dict[str, Any]) -> None:
+    """A worker that dies once, two steps after its checkpoint; `card` carries the marker's path."""
+    from pipelines import train_loop
+
+    marker = Path(settings["card"]["Marker"])
+    steps = train_loop._Worker.step
+
+    def step(self: train_loop._Worker, number: int, lanes: Any) -> float:
+        if number == 6 and not marker.exists():
+            marker.touch()
+            raise RuntimeError("the machine is gone")
+        return steps(self, number, lanes)
+
+    train_loop._Worker.step = step  # type: ignore[method-assign]
+    try:
+        train_loop.train_loop(settings)
+    finally:
+        train_loop._Worker.step = steps  # type: ignore[method-assign]
+
+
+def test_a_run_that_lost_its_worker_ends_as_if_it_had_not(
+    configure: Configure, trained: train.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import train_loop
+
+    marker = tmp_path / "failed-once"
+    monkeypatch.setattr(train_loop, "describe", lambda *_: {"Marker": str(marker)})
+    monkeypatch.setattr(train_loop, "train_loop", fail_once_at_step_6)
+    config = _copy_answers(
+        configure("train.num_workers=1", "train.zero_stage=1", "train.max_failures=1", workdir=tmp_path), configure()
+    )
+    result = train.run(config)
+    assert marker.exists()
+    _same_heads(result.checkpoint, trained.checkpoint)
+    told = Counter(step for step, _ in open_registry(config).history(result.run_id, "loss"))
+    assert told == {step: 2 if step in (5, 6) else 1 for step in range(1, STEPS + 1)}
+
+
+def test_answers_of_another_backbone_are_refused_in_one_line(
+    configure: Configure, distilled: Path, tmp_path: Path
+) -> None:
+    from tests.tiny_models import save_tiny_folder
+
+    other = save_tiny_folder(tmp_path / "other", "llama", seed=1)
+    config = configure(f"backbone.name={other}", "train.max_failures=0", workdir=tmp_path)
+    with pytest.raises(StageError, match="distil again") as caught:
+        train.run(_copy_answers(config, configure()))
+    assert "\n" not in str(caught.value)
+
+
+def test_from_checkpoint_to_champion(configure: Configure, trained: train.TrainResult) -> None:
+    config = configure()
+    with pytest.raises(StageError, match="evaluate"):
+        register.run(config)
+    curve = calibrate.run(config)
+    assert [cost.nodes for cost in curve.curve] == [1, 4, 8]
+    assert curve.plot.stat().st_size > 1000
+    checkpoint = load_checkpoint(config.layout.checkpoint)
+    assert checkpoint.default_nodes == curve.num_nodes
+    assert checkpoint.tree().num_nodes == curve.num_nodes
+    assert checkpoint.card["Run"]["mlflow"] == trained.run_id
+
+    measured = evaluate.run(config)
+    assert measured.evaluation.identity_checked == 3
+    assert (measured.evaluation.num_differing, measured.evaluation.identity_differing) == (0, 0)
+    assert measured.evaluation.acceleration_rate >= 1
+
+    registered = register.run(config)
+    assert (registered.created, registered.run_id) == (True, trained.run_id)
+    assert register.run(config).version == registered.version
+    assert promote.run(config).champion == registered.version
+    champion = resolve(config)
+    assert champion.folder is not None
+    assert folder_digest(champion.folder) == folder_digest(config.layout.checkpoint)
+    medusa.load(config.backbone.name, heads=champion.folder, dtype="float32")
+
+    calibrate.run(configure("calibrate.max_nodes=5"))
+    with pytest.raises(StageError, match="run `evaluate`"):
+        register.run(config)
+
+
+def test_the_demo_goes_all_the_way_over_what_is_there(configure: Configure, trained: train.TrainResult) -> None:
+    from rich.console import Console
+
+    config = configure("train.num_workers=2", "promote.speedup_margin=0.9", "promote.acceleration_margin=0.9")
+    result = demo.run(config, console=Console(quiet=True))
+    assert result.promoted
+    assert result.report.is_file()
+    assert resolve(config).number == result.version
+
+
+def _copy_answers(config: Config, source: Config) -> Config:
+    """Give a configuration's working directory the answers of another's."""
+    config.layout.distilled.mkdir(parents=True)
+    for file in answer_files(source.layout.distilled):
+        (config.layout.distilled / file.name).write_bytes(file.read_bytes())
+    return config

@@ -1,0 +1,195 @@
+"""Real Ray Serve, a tiny model, OpenAI's own client: the champion answers, streams, and refuses as OpenAI would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import medusa
+from deploy.serve import serving
+from medusa import Model
+from medusa.checkpoint import save_checkpoint
+from pipelines.config import Config, load_config
+from pipelines.registry import CHAMPION, VERSION_FOLDER, open_registry
+from tests.unit.medusa.tiny import random_heads
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["Hello", "Why is the sky blue?", "Count to ten.", "Write a poem about a tree."]
+
+
+def ask(text: str) -> dict[str, Any]:
+    return dict(model="llama", messages=[{"role": "user", "content": text}], max_tokens=32, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A working directory whose registry holds one version, the champion: random heads of the tiny backbone."""
+    workdir = tmp_path_factory.mktemp("served")
+    config = load_config(
+        None,
+        [
+            f"workdir={workdir}",
+            f"backbone.name={tiny_folder}",
+            "backbone.dtype=float32",
+            "serve.port=0",
+            "serve.context_length=256",
+            "ray.object_store_mb=100",
+        ],
+    )
+    backbone = medusa.load(tiny_folder, heads=None, dtype="float32").backbone
+    folder = save_checkpoint(
+        workdir / "heads",
+        random_heads(backbone),
+        paths=[(0,), (1,), (0, 0), (0, 1)],
+        backbone_name=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+    )
+    registry = open_registry(config)
+    run = registry.run_for("test", {})
+    version = registry.add_version(run, registry.log_folder(run, folder, VERSION_FOLDER), {})
+    registry.set_alias(CHAMPION, version.number)
+    return config
+
+
+@pytest.fixture(scope="module")
+def url(config: Config) -> Iterator[str]:
+    with serving(config) as base:
+        yield base
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path) -> Model:
+    """What every greedy answer must equal."""
+    return medusa.load(tiny_folder, heads=None, dtype="float32")
+
+
+def test_the_champion_answers(client: openai.OpenAI, plain: Model) -> None:
+    answer = client.chat.completions.create(**ask("Hello"))
+    expected = plain.generate("Hello", max_tokens=32)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.system_fingerprint == f"fp_{plain.backbone.fingerprint}_champion-v1"
+    assert [model.id for model in client.models.list()] == ["llama"]
+
+
+def test_concurrent_streams_equal_solo_answers(client: openai.OpenAI, plain: Model) -> None:
+    def stream(text: str) -> str:
+        chunks = client.chat.completions.create(**ask(text), stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = list(pool.map(stream, PROMPTS))
+    assert answers == [plain.generate(text, max_tokens=32).text for text in PROMPTS]
+
+
+def test_a_stream_passes_the_proxy_piece_by_piece(url: str) -> None:
+    """Pieces that Serve held back and sent together would arrive as one read."""
+    asked = {**ask("Hello"), "max_tokens": 150, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        reads = [text for text in response.iter_raw() if text]
+    assert b"".join(reads).rstrip().endswith(b"[DONE]")
+    assert len(reads) > 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [({"n": 3}, 400, "n"), ({"max_tokens": 0}, 400, "max_tokens"), ({"model": "gpt-5"}, 404, "model")],
+)
+def test_refusals_are_openais_error_objects(url: str, fields: dict[str, Any], status: int, param: str) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", json={**ask("Hello"), **fields}, timeout=60)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+
+
+def test_unknown_routes_are_error_objects_too(url: str) -> None:
+    missing, wrong = httpx.get(f"{url}/v1/nothing"), httpx.get(f"{url}/v1/chat/completions")
+    assert (missing.status_code, wrong.status_code) == (404, 405)
+    assert {response.json()["error"]["type"] for response in (missing, wrong)} == {"invalid_request_error"}
+
+
+def test_a_client_that_leaves_does_not_hold_its_slot(url: str, client: openai.OpenAI, config: Config) -> None:
+    """More clients leave than there are slots; the next is answered as fast as ever."""
+    asked = {**ask("Hello"), "max_tokens": 200, "stream": True, "ignore_eos": True}
+    for _ in range(config.serve.max_batch_size + 2):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
+            next(response.iter_raw())
+    assert client.chat.completions.create(**ask("Hello")).choices[0].message.content
+
+
+@contextlib.contextmanager
+def serve_command(config: Config, port: int) -> Iterator[subprocess.Popen[str]]:
+    overrides = [f"workdir={config.workdir}", f"backbone.name={config.backbone.name}", "backbone.dtype=float32"]
+    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), *overrides, "serve.context_length=256"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_the_command_is_ready_when_health_says_so_and_stops_cleanly(config: Config) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with serve_command(config, port) as process:
+        deadline = time.monotonic() + 90
+        while True:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "not ready in 90 s"
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=ask("Hello"), timeout=60)
+        assert answer.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert log.splitlines()[-1] == "stopped"
+    assert "Traceback" not in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+def test_a_replica_that_cannot_load_is_one_line(config: Config) -> None:
+    outcome = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "deploy.cli",
+            "serve",
+            f"workdir={config.workdir}",
+            "backbone.name=nowhere",
+            "serve.port=0",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("medusa: error: no replica came up: ")
+    assert "nowhere" in outcome.stderr.splitlines()[-1]

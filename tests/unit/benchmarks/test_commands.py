@@ -1,0 +1,89 @@
+"""The measuring commands on a tiny model: every contender says the same, and the files tell what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import medusa
+from benchmarks import acceptance, bench, command
+from medusa.checkpoint import save_checkpoint
+from medusa.config import HeadsConfig
+from medusa.heads import MedusaHeads
+
+NUM_TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The commands set torch's threads, as a program may; a test gives them back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def heads_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    backbone = medusa.load(tiny_folder, heads=None, dtype="float32").backbone
+    heads = MedusaHeads(HeadsConfig(num_heads=2), hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
+    return save_checkpoint(
+        tmp_path / "heads",
+        heads,
+        paths=[(0,), (1,), (0, 0), (2,)],
+        backbone_name=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        default_nodes=3,
+    )
+
+
+def test_bench_compares_like_with_like(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    bench.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
+        max_tokens=NUM_TOKENS, tree=[2, 5], repeats=2, limit=2, output=out,
+    )  # fmt: skip
+    (page,), (record,) = out.glob("*.md"), out.glob("*.json")
+    figures = json.loads(record.read_text())["figures"]
+    assert set(figures["trees"]) == {"tree of 2", "tree of 5"}
+    assert figures["plain_agrees_with_generate"] == {"num_identical": 2, "num_prompts": 2, "first_difference": None}
+    for tree in figures["trees"].values():
+        assert tree["agrees_with_plain"]["num_identical"] == 2
+        assert 1 <= tree["acceleration_rate"] <= 3
+        assert 0 < tree["overhead"]["min"] <= tree["overhead"]["median"] <= tree["overhead"]["max"]
+    assert "python -m benchmarks.bench" in page.read_text()
+
+
+def test_without_sizes_the_models_own_tree_is_measured(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    acceptance.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
+        max_tokens=NUM_TOKENS, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("acceptance-*.json")
+    (rates,) = json.loads(record.read_text())["figures"]["acceleration_rate"].items()
+    size, by_category = rates
+    assert size == "3"
+    assert set(by_category) == {*(prompt.category for prompt in bench.built_in()), "all"}
+    assert min(by_category.values()) <= by_category["all"] <= max(by_category.values())
+
+
+def test_a_tree_that_the_heads_cannot_fill_is_refused(tiny_folder: Path, heads_folder: Path) -> None:
+    model = medusa.load(tiny_folder, heads=heads_folder, dtype="float32")
+    with pytest.raises(ValueError, match="1 to 5 nodes"):
+        command.choose_trees(model, [6])
+
+
+def test_errors_take_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ValueError("tree [0] is too small")
+
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with pytest.raises(SystemExit) as exit_info:
+        command.run_command(fail)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: tree [0] is too small"

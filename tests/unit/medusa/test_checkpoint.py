@@ -1,0 +1,155 @@
+"""What is saved loads back equal; what is not whole, not ours or not for this backbone is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medusa.checkpoint import CONFIG, WEIGHTS, load_checkpoint, save_checkpoint
+from medusa.errors import CheckpointError
+from tests.unit.medusa.tiny import random_heads, tiny_backbone
+
+BACKBONE = tiny_backbone()
+PATHS = [(0,), (1,), (0, 0), (0, 0, 1)]
+
+
+def saved(folder: Path, **shape: object) -> Path:
+    heads = random_heads(BACKBONE, **shape)  # type: ignore[arg-type]
+    return save_checkpoint(
+        folder / "heads", heads, paths=PATHS, backbone_name="tiny", backbone_fingerprint=BACKBONE.fingerprint,
+        default_nodes=3, accuracy=[[0.5, 0.1], [0.25, 0.125], [0.1, 0.0]], card={"data": {"rows": 7}}, dtype=torch.float32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lm_heads", ["shared", "own"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_saved_checkpoint_loads_back_equal(tmp_path: Path, lm_heads: str, num_layers: int) -> None:
+    folder = saved(tmp_path, lm_heads=lm_heads, num_layers=num_layers)
+    back = load_checkpoint(folder, backbone=BACKBONE)
+    want = random_heads(BACKBONE, lm_heads=lm_heads, num_layers=num_layers)
+    assert back.heads.config == want.config
+    for name, weight in want.named_parameters():
+        assert torch.equal(back.heads.get_parameter(name), weight)
+    assert back.paths == PATHS and back.default_nodes == 3
+    assert back.accuracy == [[0.5, 0.1], [0.25, 0.125], [0.1, 0.0]]
+    assert back.tree().paths == ((), (0,), (1,)) and back.tree(5).num_nodes == 5
+    card = (folder / "README.md").read_text()
+    assert "rows: 7" in card and "| 1 | 0.500 |" in card
+
+
+def test_the_tokens_that_heads_guess_among_come_back(tmp_path: Path) -> None:
+    some = torch.tensor([0, 3, 4, 11])
+    folder = saved(tmp_path, vocabulary=some)
+    assert torch.equal(load_checkpoint(folder, backbone=BACKBONE).heads.vocabulary, some)
+    assert load_checkpoint(saved(tmp_path), backbone=BACKBONE).heads.vocabulary is None
+
+
+@pytest.mark.parametrize("ids", [[3, 0], [0, 0], [5, 12], [-1, 2], []])
+def test_a_vocabulary_that_is_none_is_refused(tmp_path: Path, ids: list[int]) -> None:
+    folder = saved(tmp_path)
+    weights = load_file(folder / WEIGHTS) | {"vocabulary": torch.tensor(ids, dtype=torch.int32)}
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="ascending token ids below 12"):
+        load_checkpoint(folder)
+
+
+def test_the_number_of_heads_comes_from_the_tensors_not_from_a_config_that_lies(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"num_heads": 9, "num_layers": 4, "lm_heads": "own"}))
+    assert load_checkpoint(folder, backbone=BACKBONE).heads.num_heads == 3
+
+
+def rewrite(folder: Path, change: str) -> None:
+    weights = load_file(folder / WEIGHTS)
+    name = "heads.1.blocks.0.bias"
+    if change == "missing":
+        del weights[name]
+    elif change == "unexpected":
+        weights["heads.0.blocks.5.bias"] = torch.zeros(32)
+    elif change == "foreign":
+        weights["medusa_head.0.0.linear.weight"] = torch.zeros(2, 2)
+    elif change == "mis-shaped":
+        weights[name] = torch.zeros(31)
+    elif change == "NaN":
+        weights[name] = torch.full((32,), float("nan"))
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "missing: heads.1.blocks.0.bias"),
+        ("unexpected", "missing: heads.0.blocks.1.bias"),
+        ("foreign", "unexpected tensors.*medusa_head"),
+        ("mis-shaped", "mis-shaped: heads.1.blocks.0.bias"),
+        ("NaN", "NaN or infinite"),
+    ],
+)
+def test_a_changed_set_of_tensors_is_refused_by_name(tmp_path: Path, change: str, said: str) -> None:
+    folder = saved(tmp_path)
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(folder, backbone=BACKBONE)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tree.json", WEIGHTS])
+def test_missing_and_truncated_files_are_named(tmp_path: Path, file: str) -> None:
+    folder = saved(tmp_path)
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=file):
+        load_checkpoint(folder, backbone=BACKBONE)
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
+        load_checkpoint(folder, backbone=BACKBONE)
+
+
+def test_a_folder_that_is_none_or_not_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no heads folder"):
+        load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / CONFIG).write_text('{"medusa_num_heads": 4}')
+    with pytest.raises(CheckpointError, match="not a heads checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_another_backbone_is_refused_unless_forced_and_another_shape_always(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    other = tiny_backbone(seed=5)
+    with pytest.raises(CheckpointError, match=f"fingerprint {BACKBONE.fingerprint}.*--force"):
+        load_checkpoint(folder, backbone=other)
+    assert load_checkpoint(folder, backbone=other, force=True).heads.num_heads == 3
+    with pytest.raises(CheckpointError, match="hidden size 32 and vocabulary 12"):
+        load_checkpoint(folder, backbone=tiny_backbone(vocab_size=20), force=True)
+
+
+def test_a_tree_that_the_heads_cannot_fill_is_refused_on_both_sides(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="4 deep but there are 3"):
+        save_checkpoint(
+            tmp_path / "x",
+            random_heads(BACKBONE),
+            paths=[(0,) * n for n in range(1, 5)],
+            backbone_name="t",
+            backbone_fingerprint="f",
+        )
+    assert not (tmp_path / "x").exists()
+    folder = saved(tmp_path)
+    (folder / "tree.json").write_text('{"paths": [[0, 1]]}')
+    with pytest.raises(CheckpointError, match="prefix-closed"):
+        load_checkpoint(folder)
+
+
+def test_saving_again_replaces_the_folder_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path, num_layers=2)
+    saved(tmp_path, num_layers=1)
+    assert load_checkpoint(folder).heads.config.num_layers == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["heads"], "nothing half-written is left"
+
+
+def test_fingerprints_tell_weights_apart_and_not_types() -> None:
+    same = tiny_backbone(dtype=torch.float64)
+    assert same.fingerprint == BACKBONE.fingerprint != tiny_backbone(seed=1).fingerprint

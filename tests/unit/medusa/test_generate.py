@@ -1,0 +1,142 @@
+"""The face: what goes in, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+
+import medusa
+from medusa.checkpoint import save_checkpoint
+from medusa.config import HeadsConfig
+from medusa.heads import MedusaHeads
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> medusa.Model:
+    plain = medusa.load(tiny_folder, heads=None, dtype="float32")
+    heads = MedusaHeads(HeadsConfig(num_heads=3), hidden_size=32, vocab_size=300)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.normal_(std=0.2)
+    paths = [(0,), (1,), (0, 0), (2,), (0, 1), (0, 0, 0)]
+    folder = save_checkpoint(
+        tmp_path_factory.mktemp("heads") / "h", heads, paths=paths, backbone_name="tiny",
+        backbone_fingerprint=plain.backbone.fingerprint, default_nodes=5,
+    )  # fmt: skip
+    return medusa.load(tiny_folder, heads=folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path) -> medusa.Model:
+    return medusa.load(tiny_folder, heads=None, dtype="float32")
+
+
+def test_a_prompt_gives_an_answer_and_a_list_gives_a_list(model: medusa.Model, plain: medusa.Model) -> None:
+    one = model.generate("hello", max_tokens=20)
+    assert isinstance(one, medusa.Generation)
+    several = model.generate(["hello", "other words", "hello"], max_tokens=20)
+    assert next(g.token_ids for g in several) == one.token_ids == several[2].token_ids
+    assert one.token_ids == plain.generate("hello", max_tokens=20).token_ids
+    assert one.stats.num_tokens == len(one.token_ids)
+
+
+def test_text_messages_and_ids_are_the_same_prompt(model: medusa.Model) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    want = model.generate("hello", max_tokens=6).token_ids
+    assert model.generate(messages, max_tokens=6).token_ids == want
+    assert model.generate(model.encode("hello"), max_tokens=6).token_ids == want
+    assert [g.token_ids for g in model.generate([messages, "hello"], max_tokens=6)] == [want, want]
+
+
+@pytest.mark.parametrize("acceptance", ["greedy", "typical", "rejection"])
+def test_every_scheme_is_reachable_and_streams_what_it_generates(model: medusa.Model, acceptance: str) -> None:
+    settings = dict(max_tokens=15, temperature=0.8, acceptance=acceptance, seed=5, tree=4)
+    whole = model.generate("hello", **settings)
+    chunks = list(model.stream("hello", **settings))
+    assert "".join(chunks) == whole.text
+    assert [t for chunk in chunks for t in chunk.token_ids] == whole.token_ids
+    assert [chunk.step for chunk in chunks] == list(range(len(chunks)))
+    assert chunks[-1].generation is not None and chunks[-1].generation.token_ids == whole.token_ids
+
+
+def test_seeds_matter_and_repeat(model: medusa.Model) -> None:
+    def ask(seed: int) -> list[int]:
+        return model.generate("hello", max_tokens=12, temperature=1.0, acceptance="rejection", seed=seed).token_ids
+
+    assert ask(1) == ask(1) != ask(2)
+
+
+def test_a_stop_string_ends_the_text_before_it(model: medusa.Model) -> None:
+    free = model.generate("hello", max_tokens=30)
+    stop = free.text[6:9]
+    cut = model.generate("hello", max_tokens=30, stop=stop)
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert "".join(model.stream("hello", max_tokens=30, stop=[stop])) == cut.text
+
+
+def test_leaving_a_stream_early_leaves_a_working_model(model: medusa.Model) -> None:
+    next(model.stream("hello", max_tokens=30))
+    assert model.generate("hello", max_tokens=5).stats.num_tokens == 5
+
+
+def test_two_streams_at_once_do_not_mix(model: medusa.Model) -> None:
+    streams = model.stream("hello", max_tokens=12), model.stream("other words", max_tokens=12)
+    rounds = list(zip_longest(*streams, fillvalue=""))
+    assert rounds[0][0].token_ids and rounds[0][1].token_ids, "both began"
+    texts = ["".join(pieces) for pieces in zip(*rounds, strict=True)]
+    assert texts == [model.generate(prompt, max_tokens=12).text for prompt in ("hello", "other words")]
+
+
+def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
+    assert model.tree.num_nodes == 5
+    assert model.resolve_tree(3).paths == ((), (0,), (1,))
+    assert model.resolve_tree([(1,), (1, 0)]).num_nodes == 3
+    assert model.resolve_tree(medusa.Tree.chain(2)).depth == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "said"),
+    [
+        ("", {}, "prompt is empty"),
+        ("  \n", {}, "prompt is empty"),
+        ([[]], {}, "prompt is empty"),
+        ("x " * 300, {}, "shorten the prompt"),
+        ("hello", {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ("hello", {"max_tokens": 10_000}, "ask for max_tokens"),
+        ("hello", {"acceptance": "hopeful"}, "unknown acceptance 'hopeful'"),
+        ("hello", {"epsilon": 1.5}, r"epsilon must lie in \(0, 1\]"),
+        ("hello", {"temperature": -1.0}, "temperature must be 0 or more"),
+        ("hello", {"tree": 8}, "1 to 7 nodes"),
+        ("hello", {"tree": 0}, "at least 1 node"),
+        ("hello", {"tree": [(0, 0)]}, "prefix-closed"),
+        ("hello", {"tree": [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]}, "4 deep but there are 3"),
+        ("hello", {"tree": [(300,)]}, "vocabulary has 300"),
+        ("hello", {"stop": ""}, "stop string is empty"),
+        ([{"role": "user"}], {}, "message 0"),
+        ([{"role": "user", "content": "a"}, "b"], {}, "message 1"),
+        ([5, 400], {"max_tokens": 2}, "token id 400"),
+    ],
+)
+def test_bad_input_is_one_clear_error(model: medusa.Model, prompt: object, settings: dict, said: str) -> None:
+    for call in (model.generate, lambda p, **s: list(model.stream(p[0] if p == [[]] else p, **s))):
+        with pytest.raises((ValueError, medusa.MedusaError), match=said) as caught:
+            call(prompt, **settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_prompts_give_no_answers(model: medusa.Model) -> None:
+    assert model.generate([]) == []
+
+
+def test_a_tree_without_heads_is_refused(plain: medusa.Model) -> None:
+    with pytest.raises(ValueError, match="needs Medusa heads"):
+        plain.generate("hello", tree=4)
+
+
+def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path) -> None:
+    with pytest.raises(medusa.CheckpointError, match="no heads come with this package"):
+        medusa.load(tiny_folder)

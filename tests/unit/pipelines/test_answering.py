@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import medusa
+from medusa.engine import Engine
+from pipelines.answering import answer_prompts, turn_id
+from pipelines.config import Config, DistillSection
+from pipelines.distill import adopt
+from pipelines.errors import StageError
+from pipelines.prompts import Prompt
+from pipelines.records import ANSWERS, CALIBRATION, TRAIN, read_answers, sampling_key, scan
+
+SETTINGS = DistillSection(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> medusa.Model:
+    return medusa.load(tiny_folder, heads=None, dtype="float32")
+
+
+def _engine(model: medusa.Model) -> Engine:
+    return Engine(model.backbone, max_batch_size=3, context_length=128)
+
+
+def _prompt(name: str, *turns: str, system: str | None = None) -> Prompt:
+    return Prompt(id=name, source="test", turns=turns, system=system)
+
+
+def _table(rows: list[dict[str, object]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=ANSWERS)
+
+
+def _row(name: str, **changed: object) -> dict[str, object]:
+    row: dict[str, object] = dict(
+        id=name, prompt_id=name, source="s", part=TRAIN, prompt_ids=[1], response_ids=[2, 3], response="x",
+        finish_reason="stop", sampling=sampling_key(SETTINGS), backbone="b", error=None,
+    )  # fmt: skip
+    return row | changed
+
+
+def test_a_batch_answers_as_each_prompt_alone(model: medusa.Model) -> None:
+    asked = [(_prompt(f"p{i}", f"question {i}", system="be kind" if i % 2 else None), TRAIN) for i in range(5)]
+    together = {row["id"]: row for row in answer_prompts(model, _engine(model), asked, SETTINGS)}
+    assert together.keys() == {f"p{i}" for i in range(5)}
+    for one in asked:
+        (alone,) = answer_prompts(model, _engine(model), [one], SETTINGS)
+        assert alone == together[one[0].id]
+        assert len(alone["response_ids"]) == 12 or alone["finish_reason"] == "stop"
+    _table(list(together.values())).validate(full=True)
+
+
+def test_a_later_turn_stands_behind_the_backbones_own_earlier_answer(model: medusa.Model) -> None:
+    rows = {
+        row["id"]: row for row in answer_prompts(model, _engine(model), [(_prompt("p", "one", "two"), TRAIN)], SETTINGS)
+    }
+    second = rows[turn_id("p", 2)]
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": rows["p"]["response"]},
+        {"role": "user", "content": "two"},
+    ]
+    assert second["prompt_ids"] == model.encode(messages)
+    assert second["prompt_id"] == "p"
+
+
+def test_what_cannot_be_answered_is_a_row_with_its_error_and_the_others_go_on(model: medusa.Model) -> None:
+    asked = [(_prompt("long", "word " * 200, "never asked"), TRAIN), (_prompt("fine", "hello"), CALIBRATION)]
+    rows = {row["id"]: row for row in answer_prompts(model, _engine(model), asked, SETTINGS)}
+    assert rows.keys() == {"long", "fine"}
+    assert "context" in rows["long"]["error"]
+    assert rows["long"]["response_ids"] == []
+    assert rows["fine"]["error"] is None
+
+
+def test_sampled_answers_depend_on_seed_and_id_alone(model: medusa.Model) -> None:
+    settings = SETTINGS.model_copy(update={"temperature": 1.0})
+    asked = [(_prompt(f"p{i}", "the same question"), TRAIN) for i in range(3)]
+    first = {row["id"]: row["response_ids"] for row in answer_prompts(model, _engine(model), asked, settings)}
+    again = {row["id"]: row["response_ids"] for row in answer_prompts(model, _engine(model), asked[::-1], settings)}
+    assert first == again
+    assert len({tuple(ids) for ids in first.values()}) > 1
+
+
+def test_reading_drops_failures_and_doubles_and_keeps_parts_apart(tmp_path: Path) -> None:
+    rows = [_row("a"), _row("a"), _row("b", error="too long", response_ids=[]), _row("c", part=CALIBRATION)]
+    pq.write_table(_table(rows), tmp_path / "1.parquet")
+    assert [row.id for row in read_answers(tmp_path, TRAIN).rows] == ["a"]
+    assert [row.id for row in read_answers(tmp_path, CALIBRATION).rows] == ["c"]
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_files(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    pq.write_table(_table([_row("a"), _row("b")]), one / "x.parquet")
+    pq.write_table(_table([_row("b")]), two / "y.parquet")
+    pq.write_table(_table([_row("a")]), two / "z.parquet")
+    assert read_answers(one, TRAIN).fingerprint == read_answers(two, TRAIN).fingerprint
+    pq.write_table(_table([_row("a", response_ids=[4])]), two / "z.parquet")
+    assert read_answers(one, TRAIN).fingerprint != read_answers(two, TRAIN).fingerprint
+
+
+def test_nothing_foreign_files_and_mixed_backbones_are_told(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="run `distill`"):
+        read_answers(tmp_path, TRAIN)
+    pq.write_table(_table([_row("a"), _row("b", backbone="other")]), tmp_path / "x.parquet")
+    with pytest.raises(StageError, match="2 backbones"):
+        read_answers(tmp_path, TRAIN)
+    (tmp_path / "y.parquet").write_text("torn")
+    with pytest.raises(StageError, match=r"y\.parquet"):
+        list(scan(tmp_path))
+
+
+def test_whole_files_of_a_dead_run_are_kept_and_torn_ones_dropped(tmp_path: Path) -> None:
+    dead = tmp_path / ".run-dead"
+    dead.mkdir()
+    pq.write_table(_table([_row("a"), _row("b")]), dead / "0.parquet")
+    whole = (dead / "0.parquet").read_bytes()
+    (dead / "1.parquet").write_bytes(whole[: len(whole) // 2])
+    assert adopt(tmp_path) == 2
+    assert not dead.exists()
+    assert sorted(row["id"] for row in scan(tmp_path)) == ["a", "b"]
+    assert adopt(tmp_path) == 0
+
+
+def test_the_layout_is_below_the_working_directory(tmp_path: Path) -> None:
+    layout = Config(workdir=tmp_path).layout
+    names = [name for name in dir(type(layout)) if isinstance(getattr(type(layout), name), property)]
+    assert names
+    assert all(getattr(layout, name).is_relative_to(tmp_path) for name in names)

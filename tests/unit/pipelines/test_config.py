@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import CONFIGS, Config, dump_config, load_config
+from pipelines.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+def test_shipped_files_load_by_name_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(Path(name))
+    file = tmp_path / "again.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+
+
+def test_no_file_means_the_defaults() -> None:
+    assert load_config(None) == Config()
+
+
+@given(st.integers(1, 10**6), st.floats(1e-6, 1), st.booleans())
+def test_an_override_equals_the_same_value_in_a_file(steps: int, rate: float, force: bool) -> None:
+    by_override = load_config(None, [f"train.steps={steps}", f"train.lr_heads={rate!r}", f"promote.force={force}"])
+    expected = Config.model_validate({"train": {"steps": steps, "lr_heads": rate}, "promote": {"force": force}})
+    assert by_override == expected
+
+
+def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {steps: 10, seed: 3}\n")
+    config = load_config(file, ["train.steps=20"])
+    assert (config.train.steps, config.train.seed) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.stepz=3"], "'train.steps'"),
+        (["trian.steps=3"], "'train'"),
+        (["lr_heads=3"], "'train.lr_heads'"),
+        (["train.steps"], "section.key=value"),
+        (["=3"], "section.key=value"),
+        (["train=3"], "section"),
+        (["workdir.x=3"], "workdir: "),
+        (["train.steps=0"], "train.steps: input should be greater than 0, got 0"),
+        (["train.steps=many"], "train.steps"),
+        (["train.zero_stage=4"], "train.zero_stage"),
+        (["distill.temperature=-1"], "distill.temperature"),
+        (["serve.port=70000"], "serve.port"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_key_and_fix(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "train: 3\n", "nosuch: {}\n"])
+def test_a_bad_file_is_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_folders_are_absolute_whatever_the_caller_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = load_config(None, ["workdir=here", "backbone.name=model", "train.init_from=default"])
+    assert config.layout.root == tmp_path / "here"
+    assert config.backbone.name == str(tmp_path / "model")
+    assert config.train.init_from == "default"
+    assert Config().layout.root == tmp_path / "medusa-work"
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.steps = 3  # type: ignore[misc]

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medusa.errors import PromptError
+from pipelines.builtin_prompts import BUILTIN
+from pipelines.config import EvaluateSection, PromptsSection
+from pipelines.errors import ConfigError
+from pipelines.prompts import builtin_prompts, evaluation_prompts, parse_prompt, prompt_parts, read_prompts, share_of
+
+SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str | None]] = [
+    ({"prompt": "a"}, ("a",), None),
+    ({"text": " a "}, ("a",), None),
+    ({"question": "a"}, ("a",), None),
+    ({"turns": ["a", "b"]}, ("a", "b"), None),
+    ({"instruction": "do", "input": ""}, ("do",), None),
+    ({"instruction": "do", "input": "this"}, ("do\n\nthis",), None),
+    ({"messages": [{"role": "user", "content": "a"}]}, ("a",), None),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, ("a",), None),
+    ({"prompt": [{"role": "user", "content": "a"}]}, ("a",), None),
+    (
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "not kept"},
+                {"role": "user", "content": "b"},
+            ]
+        },
+        ("a", "b"),
+        "s",
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "x"},
+                {"from": "human", "value": "b"},
+            ]
+        },
+        ("a", "b"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "turns", "system"), SHAPES)
+def test_each_shape_gives_the_users_turns(row: dict[str, Any], turns: tuple[str, ...], system: str | None) -> None:
+    prompt = parse_prompt(row, source="s")
+    assert (prompt.turns, prompt.system) == (turns, system)
+    assert prompt.id == parse_prompt(row, source="s").id
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"prompt": ""},
+        {"prompt": 3},
+        {"turns": []},
+        {"turns": ["a", " "]},
+        {"messages": [{"content": "a"}]},
+        {"messages": ["a"]},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "user", "content": None}]},
+    ],
+)
+def test_what_is_no_prompt_is_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        parse_prompt(row, source="s")
+
+
+def test_a_bad_line_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": \n\n[1]\n{"nothing": 1}\n{"prompt": "b"}\n{"prompt": "a"}\n')
+    told: list[str] = []
+    prompts = read_prompts(file, report=told.append)
+    assert [prompt.turns for prompt in prompts] == [("a",), ("b",)]
+    assert [message.removeprefix(f"{file}:").split(":")[0] for message in told] == ["2", "4", "5"]
+    assert "not valid JSON" in told[0]
+
+
+def test_jsonl_and_parquet_of_the_same_rows_are_the_same_prompts(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "source": "x", "prompt": f"p{i}"} for i in range(5)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.jsonl") == read_prompts(tmp_path / "p.parquet")
+
+
+def test_two_prompts_with_one_id_both_stay_under_different_ids(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
+    prompts = read_prompts(file)
+    assert len({prompt.id for prompt in prompts}) == len(prompts) == 2
+
+
+def test_missing_foreign_and_empty_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl"):
+        read_prompts(tmp_path / "nowhere.jsonl")
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(ConfigError, match=r"x\.parquet"):
+        read_prompts(tmp_path / "x.parquet")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(PromptError, match=r"empty\.jsonl"):
+        read_prompts(tmp_path / "empty.jsonl")
+
+
+def test_the_built_in_parts_are_disjoint_and_complete() -> None:
+    parts = [builtin_prompts(name) for name in ("train", "calibration", "evaluation")]
+    texts = [prompt.turns[0] for part in parts for prompt in part]
+    assert sorted(texts) == sorted(text for kind in BUILTIN.values() for text in kind)
+    assert len(set(texts)) == len(texts) == 120
+    assert len({prompt.id for part in parts for prompt in part}) == 120
+
+
+def test_any_start_of_the_built_in_prompts_is_wide() -> None:
+    for part in ("train", "calibration", "evaluation"):
+        assert {prompt.source for prompt in builtin_prompts(part)[:12]} == {f"builtin/{kind}" for kind in BUILTIN}
+
+
+def test_a_files_parts_are_disjoint_stable_and_cut(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    lines = [json.dumps({"turns": [f"p{i}", "more", "and more"]}) for i in range(200)]
+    file.write_text("\n".join(lines))
+    config = PromptsSection(path=file, calibration_share=0.25, max_turns=2)
+    parts = prompt_parts(config)
+    train, calibration = {p.id for p in parts.train}, {p.id for p in parts.calibration}
+    assert not train & calibration
+    assert len(train | calibration) == 200
+    assert 20 < len(calibration) < 80  # 50 expected, six sigma
+    assert all(len(prompt.turns) == 2 for prompt in parts.train)
+    file.write_text("\n".join(reversed(lines)))
+    assert {p.id for p in prompt_parts(config).train} == train
+    assert len(prompt_parts(config.model_copy(update={"limit": 3})).train) == 3
+
+
+def test_evaluation_takes_first_turns_of_the_mt_bench_shape(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
+    (prompt,) = evaluation_prompts(EvaluateSection(path=file))
+    assert (prompt.id, prompt.turns) == ("81", ("one",))
+
+
+def test_shares_are_uniform_and_differ_by_purpose() -> None:
+    shares = [share_of(str(i), "a") for i in range(1000)]
+    assert all(0 <= share < 1 for share in shares)
+    assert abs(sum(shares) / 1000 - 0.5) < 0.05
+    assert shares[0] != share_of("0", "b")
