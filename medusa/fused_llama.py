@@ -2,15 +2,12 @@
 
     B sequences, N new positions, D hidden, H query heads, G query heads per key/value head, E head size
 
-Query, key and value are one product, gate and up another; rotary tables are made once; nothing is looked up by name in
-the loop. On a CPU without bf16 arithmetic, low-precision weights go through FBGEMM's packed fp16 kernel with float32
-activations: half the bytes of float32 at float32's arithmetic, and no less exact than bf16 products.
+Query, key and value are one product, gate and up another; weights are packed for this device; rotary tables are made
+once; nothing is looked up by name in the loop.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa.kv_cache import KVCache
+from medusa.linear import Linear, kernel_for
 
-Linear = Callable[[Tensor], Tensor]
 FAMILY = ("llama",)
 
 
@@ -44,8 +41,8 @@ class FusedLlama:
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config
         core: Any = model.get_decoder()
-        self.packed = model.device.type == "cpu" and needs_packing(model.dtype)
-        self.dtype = torch.float32 if self.packed else model.dtype
+        self.kernel = kernel_for(model.dtype, model.device)
+        self.dtype = self.kernel.activation_dtype(model.dtype)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
@@ -69,23 +66,20 @@ class FusedLlama:
 
     def linear(self, weight: Tensor) -> Linear:
         """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic."""
-        weight = weight.detach()
-        return packed_linear(weight) if self.packed else lambda x: F.linear(x, weight)
+        return self.kernel.prepare(weight)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """ids [B,N], positions [B,N], additive mask [B,1,N,S] → last hidden states [B,N,D]."""
         batch, num_new = ids.shape
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
-        cos, sin = (table.unsqueeze(2) for table in self.rotary(hidden, positions))
+        cos, sin = (table.unsqueeze(1) for table in self.rotary(hidden, positions))
         mask = mask.repeat(1, 1, self.groups, 1)
-        kv_width = self.num_kv_heads * self.head_dim
-        widths = (kv_width * self.groups, kv_width, kv_width)
+        heads = (self.num_kv_heads * self.groups, self.num_kv_heads)
         shape = (batch, num_new, -1, self.head_dim)
         for index, layer in enumerate(self.layers):
-            query, key, value = layer.qkv(self._rms(hidden, layer.norm_attention)).split(widths, dim=-1)
-            query = _rotate(query.view(shape), cos, sin).transpose(1, 2)
-            key = _rotate(key.view(shape), cos, sin).transpose(1, 2)
-            keys, values = cache.update(key, value.view(shape).transpose(1, 2), index)
+            qkv = layer.qkv(self._rms(hidden, layer.norm_attention)).view(shape).transpose(1, 2)
+            query, key = _rotate(qkv[:, : sum(heads)], cos, sin).split(heads, dim=1)
+            keys, values = cache.update(key, qkv[:, sum(heads) :], index)
             folded = query.reshape(batch, self.num_kv_heads, self.groups * num_new, self.head_dim)
             seen = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
             seen = seen.reshape(batch, -1, num_new, self.head_dim).transpose(1, 2).reshape(batch, num_new, -1)
@@ -111,24 +105,7 @@ class _Layer:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [B,N,H,E]."""
+    """Rotary position embedding of x [B,H,N,E]."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return torch.addcmul(x * cos, turned, sin)
-
-
-def needs_packing(dtype: torch.dtype) -> bool:
-    """Would this CPU emulate products of `dtype`? Without AVX-512 bf16 or AMX they are many times slower than float32."""
-    if dtype not in (torch.bfloat16, torch.float16) or "fbgemm" not in torch.backends.quantized.supported_engines:
-        return False
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx2") and not (has.get("avx512_bf16") or has.get("amx_tile")))
-
-
-def packed_linear(weight: Tensor) -> Linear:
-    """x [...,I] float32 → x·weightᵀ [...,O] float32, weight [O,I] kept as packed fp16 (values under 6e-8 become zero)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    multiply = torch.ops.quantized.linear_dynamic_fp16
-    return lambda x: multiply(x, packed)

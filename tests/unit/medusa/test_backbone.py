@@ -22,7 +22,7 @@ from transformers import (
 import medusa
 from medusa.backbone import Backbone, check_decodable, load_backbone
 from medusa.errors import BackboneError
-from medusa.fused_llama import FusedLlama, needs_packing, packed_linear
+from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
 from tests.tiny_models import FAMILIES, make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder
 from tests.unit.medusa.tiny import chain_placement
@@ -118,11 +118,3 @@ def test_the_fused_path_declines_what_it_does_not_compute() -> None:
     assert FusedLlama.fits(make_tiny_backbone_model("llama"))
     assert not FusedLlama.fits(make_tiny_backbone_model("llama", attention_bias=True))
     assert not FusedLlama.fits(make_tiny_backbone_model("gemma2"))
-
-
-@pytest.mark.skipif(not needs_packing(torch.bfloat16), reason="this CPU multiplies bf16 itself")
-def test_packed_products_are_as_exact_as_their_weights() -> None:
-    weight = (torch.randn(70, 33) * 0.1).bfloat16()
-    for rows in (1, 5, 64):
-        x = torch.randn(rows, 33)
-        torch.testing.assert_close(packed_linear(weight)(x), x @ weight.float().t(), rtol=1e-5, atol=1e-5)
