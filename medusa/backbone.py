@@ -6,6 +6,7 @@ B sequences, N new positions, S cache positions, D hidden, V vocabulary
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class Backbone:
         self.model.set_attn_implementation(attention.IMPLEMENTATION)
         self.model.eval()
         self._windows = _layer_windows(self.model.config)
+        self._cache_argument = _cache_argument(self.model)
         self._fingerprint: str | None = None
 
     # Shapes and places
@@ -195,8 +197,8 @@ class Backbone:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         return out.last_hidden_state
 
@@ -263,6 +265,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise BackboneError(f"{kind} uses chunked attention, which tree attention does not support")
     if not getattr(model, "_supports_attention_backend", False):
         raise BackboneError(f"{kind} does not use transformers' attention interface, so tree attention cannot reach it")
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a decoder calls its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
 
 
 def _layer_windows(config: Any) -> dict[str, int | None]:
