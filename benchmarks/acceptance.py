@@ -32,6 +32,8 @@ def answer_all(
 ) -> dict[str, Completion]:
     """Prompt's id → its completion. Every prompt is answered, whatever order they finish in."""
     encoded = {prompt.id: model.encode(list(prompt.messages)) for prompt in prompts}
+    if len(encoded) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(encoded)} prompts repeat the id of another; give each its own")
     length = max(len(ids) for ids in encoded.values()) + params.max_tokens
     engine = Engine(
         model.backbone, model.heads, tree=tree, max_batch_size=max_batch_size,
@@ -40,7 +42,11 @@ def answer_all(
     requests = [Request(prompt_ids=ids, params=params, request_id=name) for name, ids in encoded.items()]
     title = f"tree of {tree.num_nodes}"
     done = track(engine.run(requests), description=title, total=len(requests), console=console, transient=True)
-    return {completion.request_id: completion for completion in done}
+    completions = {completion.request_id: completion for completion in done}
+    for name, completion in completions.items():
+        if completion.error is not None:
+            console.print(f"prompt {name} was not answered: {completion.error}")
+    return completions
 
 
 def rates_by_category(prompts: Sequence[Prompt], completions: dict[str, Completion]) -> dict[str, float]:

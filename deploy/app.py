@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,8 @@ from deploy.api.errors import ApiError
 from deploy.api.protocol import ChatCompletion, ChatRequest, ModelCard, ModelList
 from deploy.api.streaming import DONE, EventStream, event, unless_disconnected
 from deploy.api.translate import Answer, sampling_params
-from deploy.engine_loop import EngineLoop, EngineOverloaded, EngineUnavailable, Piece, SlowReader
+from deploy.engine_loop import Answer as Pieces
+from deploy.engine_loop import EngineLoop, EngineOverloaded, EngineUnavailable, SlowReader
 from medusa.engine import Request as EngineRequest
 from medusa.errors import MedusaError, PromptError
 from medusa.generate import Model
@@ -51,7 +53,7 @@ class Service:
     def card(self) -> ModelCard:
         return ModelCard(id=self.name, created=self.created, max_model_len=self.loop.context_length)
 
-    async def answer(self, request: ChatRequest, request_id: str) -> AsyncIterator[Piece]:
+    async def answer(self, request: ChatRequest, request_id: str) -> Pieces:
         """Submit `request`; ApiError or MedusaError when it is refused, before anything is sent."""
         if request.model != self.name:
             raise ApiError(
@@ -60,7 +62,8 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        prompt_ids = self.model.encode([message.as_turn() for message in request.messages])
+        messages = [message.as_turn() for message in request.messages]
+        prompt_ids = await asyncio.to_thread(self.model.encode, messages)  # megabytes of text must not hold up streams
         params = sampling_params(request, room=self.loop.context_length - len(prompt_ids))
         engine_request = EngineRequest(prompt_ids=prompt_ids, params=params, request_id=request_id)
         return await self.loop.submit(engine_request, stop=request.stops)
@@ -80,7 +83,7 @@ def create_app(service: Service) -> FastAPI:
         )
         pieces = await service.answer(body, request_id)
         if body.stream:
-            return EventStream(_events(pieces, reply, with_usage=body.wants_usage))
+            return EventStream(_events(pieces, reply, with_usage=body.wants_usage), release=pieces.aclose)
         whole = await unless_disconnected(_collect(pieces, reply), request)
         return Response(whole.model_dump_json(), media_type="application/json")
 
@@ -100,9 +103,9 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _collect(pieces: AsyncIterator[Piece], reply: Answer) -> ChatCompletion:
+async def _collect(pieces: Pieces, reply: Answer) -> ChatCompletion:
     texts = []
-    async with aclosing(pieces) as answer:  # type: ignore[type-var]
+    async with aclosing(pieces) as answer:
         async for piece in answer:
             texts.append(piece.text)
             if piece.completion is not None:
@@ -110,12 +113,12 @@ async def _collect(pieces: AsyncIterator[Piece], reply: Answer) -> ChatCompletio
     raise EngineUnavailable("the answer ended without a completion")
 
 
-async def _events(pieces: AsyncIterator[Piece], reply: Answer, *, with_usage: bool) -> AsyncIterator[str]:
+async def _events(pieces: Pieces, reply: Answer, *, with_usage: bool) -> AsyncGenerator[str]:
     """The answer as server-sent events: one per step that completed text, so the first token leaves at once.
 
     Headers have left when a step fails: the error travels as an event, and the stream ends without [DONE].
     """
-    async with aclosing(pieces) as answer:  # type: ignore[type-var]
+    async with aclosing(pieces) as answer:
         yield event(reply.opening())
         try:
             async for piece in answer:

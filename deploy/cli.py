@@ -48,7 +48,7 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             from medusa.errors import MedusaError  # loads torch: not before it is known to be needed
 
-            if isinstance(error, (MedusaError, ValueError)):
+            if isinstance(error, (MedusaError, ValueError, OSError)):
                 _fail(str(error))
             raise
 

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,37 @@ class _Reader:
         return True
 
 
+class Answer:
+    """The pieces of one answer, as they come. `aclose` cancels what is left of it, also before the first was read."""
+
+    def __init__(self, reader: _Reader, cancel: Callable[[], None]) -> None:
+        self._reader = reader
+        self._cancel = cancel
+        self._ended = False
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._reader.pieces.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if isinstance(item, Exception):
+            await self.aclose()
+            raise item
+        self._reader.unread.release()
+        self._ended = item.completion is not None
+        return item
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._cancel()
+
+
 class EngineLoop:
     """Owns the engine's thread. `make_engine` is called on start, and again after a step failed: its state is then unknown.
 
@@ -89,6 +120,7 @@ class EngineLoop:
         self._make_engine = make_engine
         self._tokenizer = tokenizer
         self._engine = make_engine()
+        self.context_length = self._engine.context_length
         self._max_in_flight = self._engine.max_batch_size + max_waiting
         self._stall_after_s = stall_after_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -111,10 +143,6 @@ class EngineLoop:
             self._thread.join(timeout_s)
 
     @property
-    def context_length(self) -> int:
-        return self._engine.context_length
-
-    @property
     def num_in_flight(self) -> int:
         return len(self._readers)
 
@@ -128,8 +156,8 @@ class EngineLoop:
 
     # For an event loop
 
-    async def submit(self, request: Request, *, stop: Sequence[str] = ()) -> AsyncIterator[Piece]:
-        """Queue a request and return its pieces. Closing the iterator, or cancelling its reader, cancels the request.
+    async def submit(self, request: Request, *, stop: Sequence[str] = ()) -> Answer:
+        """Queue a request and return its pieces. Closing the answer, read or unread, cancels the request.
 
         Raises at once PromptError for what can never be served, EngineOverloaded and EngineUnavailable; the iterator
         raises EngineUnavailable for a failed step and SlowReader. `request.on_token` is the loop's own.
@@ -153,20 +181,7 @@ class EngineLoop:
             self._readers.pop(request.request_id, None)
             raise
         self._orders.put(lambda: self._admit(reader))
-        return self._pieces(reader)
-
-    async def _pieces(self, reader: _Reader) -> AsyncIterator[Piece]:
-        try:
-            while True:
-                item = await reader.pieces.get()
-                if isinstance(item, Exception):
-                    raise item
-                reader.unread.release()
-                yield item
-                if item.completion is not None:
-                    return
-        finally:
-            self._orders.put(lambda: self._cancel(reader))
+        return Answer(reader, lambda: self._orders.put(lambda: self._cancel(reader)))
 
     # The engine's thread
 
@@ -208,18 +223,22 @@ class EngineLoop:
     def _recover(self) -> None:
         """The requests of a failed step fail; a fresh engine serves the next. Step after step failing ends the loop."""
         self._failed_steps += 1
+        self._end_all(EngineUnavailable("the engine failed on this request"))
         if self._failed_steps < MAX_FAILED_STEPS:
+            del self._engine.decoder  # its cache must be gone before the next one's is allocated
             self._engine = self._make_engine()
         else:
             logger.error("%d engine steps failed in a row; the loop ends", self._failed_steps)
             self._stopping = True
-        self._end_all(EngineUnavailable("the engine failed on this request"))
 
     def _admit(self, reader: _Reader) -> None:
+        if self._readers.get(reader.request.request_id) is not reader:
+            return  # it was ended while it waited here
         try:
             self._engine.submit(replace(reader.request, on_token=reader.see))
         except (MedusaError, ValueError) as error:
-            self._end(reader, error)
+            self._cancel(reader)
+            reader.send(error)
 
     def _deliver(self, delta: Delta) -> None:
         reader = self._readers.get(delta.request_id)
@@ -244,13 +263,11 @@ class EngineLoop:
             del self._readers[request_id]
             self._engine.cancel(request_id)
 
-    def _end(self, reader: _Reader, error: Exception) -> None:
-        self._cancel(reader)
-        reader.send(error)
-
     def _end_all(self, error: Exception) -> None:
-        for reader in list(self._readers.values()):
-            self._end(reader, error)
+        """Tell every reader; the engine, which may be broken, is not touched."""
+        readers, self._readers = list(self._readers.values()), {}
+        for reader in readers:
+            reader.send(error)
 
     def _stop(self) -> None:
         self._stopping = True

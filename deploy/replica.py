@@ -15,7 +15,7 @@ from medusa.errors import CheckpointError
 from medusa.generate import Model
 from medusa.pretrained import pretrained_heads
 from pipelines.config import Config
-from pipelines.errors import StageError
+from pipelines.errors import NoSuchAlias
 from pipelines.models import use_threads
 from pipelines.registry import resolve
 
@@ -33,12 +33,12 @@ class HeadsOrigin:
 def choose_heads(config: Config) -> HeadsOrigin:
     """The version that bears `serve.alias`; without one, the heads that come with the backbone; without those, none.
 
-    A registry that is configured but out of reach is an error, not a reason to serve something else.
+    A registry or a version that is there but out of reach is an error, not a reason to serve something else.
     """
     if config.registry.tracking_uri is not None or config.layout.tracking_db.is_file():
         try:
             version = resolve(config)
-        except StageError as error:
+        except NoSuchAlias as error:
             logger.warning("%s; until then the default heads are served", error)
         else:
             return HeadsOrigin(heads=str(version.folder), label=f"{config.serve.alias}-v{version.number}")

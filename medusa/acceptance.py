@@ -74,16 +74,17 @@ def accept_typical(
     batch, num_nodes = tokens.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
     parents = tree.parents[1:]
-    at_parent = torch.log_softmax(logits.to(wide) / rows.temperature.to(wide)[:, None, None], dim=-1)
-    entropy = -(at_parent.exp() * at_parent.clamp_min(torch.finfo(wide).min)).sum(dim=-1)
+    log_probs = torch.log_softmax(logits.to(wide) / rows.temperature.to(wide)[:, None, None], dim=-1)
+    entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(wide).min)).sum(dim=-1)
     threshold = torch.minimum(rows.epsilon[:, None], rows.delta[:, None] * torch.exp(-entropy))
-    log_p = at_parent[:, parents].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    rows_of_batch = torch.arange(batch, device=tokens.device)[:, None]
+    log_p = log_probs[rows_of_batch, parents, tokens[:, 1:]]
     good = log_p.exp() > threshold[:, parents]
     if rows.any_filter:
-        flat = at_parent.flatten(0, 1)
+        flat = log_probs.flatten(0, 1)
         top_k, top_p = (x.repeat_interleave(num_nodes) for x in (rows.top_k, rows.top_p))
-        allowed = filter_logits(flat, top_k, top_p).isfinite().view_as(at_parent)
-        good &= allowed[:, parents].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        allowed = filter_logits(flat, top_k, top_p).isfinite().view_as(log_probs)
+        good &= allowed[rows_of_batch, parents, tokens[:, 1:]]
 
     accepted = torch.ones(batch, num_nodes, dtype=torch.bool, device=tokens.device)
     score = torch.zeros(batch, num_nodes, dtype=wide, device=tokens.device)
@@ -95,5 +96,5 @@ def accept_typical(
     longest = reach == reach.max(dim=-1, keepdim=True).values
     node = score.masked_fill(~longest, float("-inf")).argmax(dim=-1)
     depth = tree.depths[node]
-    last = logits[torch.arange(batch, device=tokens.device), node]
+    last = logits[rows_of_batch.squeeze(1), node]
     return Acceptance(node=node, num_accepted=depth, next_root=draw(last, rows, root_position + depth + 1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,9 +96,15 @@ def save_checkpoint(
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
         (made / CARD).write_text(_card_text(config))
+        old = FilePath(work) / "old"
         if target.exists():
-            os.replace(target, FilePath(work) / "old")
-        os.replace(made, target)
+            os.replace(target, old)
+        try:
+            os.replace(made, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
     return target
 
 
@@ -142,20 +147,11 @@ def load_checkpoint(
         paths=_read_paths(root / TREE, heads),
         backbone_name=str(config.get("backbone_name", "")),
         backbone_fingerprint=str(config.get("backbone_fingerprint", "")),
-        default_nodes=config.get("default_nodes"),
+        default_nodes=_check_nodes(config.get("default_nodes"), root / CONFIG),
         accuracy=config.get("accuracy"),
         card=config.get("card") or {},
         folder=root,
     )
-
-
-def copy_checkpoint(source: str | FilePath, target: str | FilePath) -> FilePath:
-    """Copy a checkpoint folder, replacing `target`."""
-    target = FilePath(target)
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
-    return target
 
 
 def _read_json(path: FilePath) -> dict[str, Any]:
@@ -199,6 +195,12 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
         lm_heads="own" if own else "shared",
     )
     return shape, first.shape[0], own[0].shape[0] if own else config["vocab_size"]
+
+
+def _check_nodes(value: Any, path: FilePath) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise CheckpointError(f"{path}: default_nodes must be a number of nodes, 1 or more, got {value!r}")
 
 
 def _check_vocabulary(ids: Tensor | None, vocab_size: int, path: FilePath) -> Tensor | None:

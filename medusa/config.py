@@ -14,6 +14,7 @@ SCHEMES: tuple[str, ...] = get_args(Scheme)
 # Typical acceptance, arXiv 2401.10774 §2.3.1: accept x when p(x) > min(epsilon, delta · exp(−H)), delta = sqrt(epsilon).
 DEFAULT_EPSILON = 0.09
 DEFAULT_DELTA = 0.3
+MIN_TEMPERATURE = 1e-5  # below it a distribution is its argmax, and logits divided by it may overflow float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class HeadsConfig:
 class SamplingParams:
     """How one request is decoded.
 
-    `acceptance` None means greedy at temperature 0 and typical above it; at temperature 0 every scheme is greedy.
+    `acceptance` None means greedy at temperature 0 and typical above it; below MIN_TEMPERATURE every scheme is greedy.
     `top_k` 0 and `top_p` 1 switch those filters off. `choice` numbers the answers to one prompt (OpenAI's `n`) and, with
     `seed`, keys the noise: the same pair gives the same answer. `root` says how typical acceptance chooses the token
     that it does not accept from the tree (`greedy` is the paper's). `ignore_eos` decodes on past the end of sequence.
@@ -80,6 +81,6 @@ class SamplingParams:
     @property
     def scheme(self) -> Scheme:
         """The acceptance scheme in force."""
-        if self.temperature == 0:
+        if self.temperature < MIN_TEMPERATURE:
             return "greedy"
         return self.acceptance or "typical"

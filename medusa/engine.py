@@ -142,20 +142,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """PromptError for a request that this engine can never serve."""
-        prompt, limit = request.prompt_ids, self.context_length
-        if not prompt:
-            raise PromptError("the prompt is empty; give at least one token")
-        if len(prompt) >= limit:
-            raise PromptError(f"the prompt has {len(prompt)} tokens and the context {limit}; shorten the prompt")
-        if len(prompt) + request.params.max_tokens > limit:
-            raise PromptError(
-                f"max_tokens {request.params.max_tokens} and a prompt of {len(prompt)} tokens exceed the context of {limit}; "
-                f"ask for max_tokens {limit - len(prompt)} or less"
-            )
-        vocab = self.backbone.vocab_size
-        odd = next((token for token in prompt if not 0 <= token < vocab), None)
-        if odd is not None:
-            raise PromptError(f"the prompt holds token id {odd}; the vocabulary has ids 0 to {vocab - 1}")
+        check_request(request, context_length=self.context_length, vocab_size=self.backbone.vocab_size)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError, and ValueError for an id already in use."""
@@ -289,3 +276,20 @@ class Engine:
         self._active.pop()
         self.decoder.free(last)
         self._rows = None
+
+
+def check_request(request: Request, *, context_length: int, vocab_size: int) -> None:
+    """PromptError for what no engine of this context and vocabulary can ever serve."""
+    prompt, limit = request.prompt_ids, context_length
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token")
+    if len(prompt) >= limit:
+        raise PromptError(f"the prompt has {len(prompt)} tokens and the context {limit}; shorten the prompt")
+    if len(prompt) + request.params.max_tokens > limit:
+        raise PromptError(
+            f"max_tokens {request.params.max_tokens} and a prompt of {len(prompt)} tokens exceed the context of {limit}; "
+            f"ask for max_tokens {limit - len(prompt)} or less"
+        )
+    odd = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if odd is not None:
+        raise PromptError(f"the prompt holds token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")

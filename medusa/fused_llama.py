@@ -17,13 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa.kv_cache import KVCache
-from medusa.linear import Linear, kernel_for
+from medusa.linear import Kernel, Linear, kernel_for
 
 FAMILY = ("llama",)
 
 
 class FusedLlama:
-    """Same call and same result as the generic path, for a Llama without biases, rope tricks or quantisation."""
+    """Same call and same result as the generic path, for a Llama without biases or quantisation.
+
+    Where weights stay as they are (on a GPU, in float32) the model's own become views of the fused ones; packing them,
+    on a CPU, keeps the model's beside the packed ones: twice the memory. Training them afterwards is not for this path.
+    """
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -57,12 +61,20 @@ class FusedLlama:
         attn, mlp = layer.self_attn, layer.mlp
         return _Layer(
             norm_attention=layer.input_layernorm.weight.to(self.dtype),
-            qkv=self.linear(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])),
+            qkv=self._joined(attn.q_proj, attn.k_proj, attn.v_proj),
             out=self.linear(attn.o_proj.weight),
             norm_mlp=layer.post_attention_layernorm.weight.to(self.dtype),
-            gate_up=self.linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
+            gate_up=self._joined(mlp.gate_proj, mlp.up_proj),
             down=self.linear(mlp.down_proj.weight),
         )
+
+    def _joined(self, *layers: Any) -> Linear:
+        """One product for several linear layers that read the same input."""
+        joined = torch.cat([layer.weight.detach() for layer in layers])
+        if self.kernel is Kernel.PLAIN:
+            for layer, part in zip(layers, joined.split([layer.weight.shape[0] for layer in layers]), strict=True):
+                layer.weight.data = part
+        return self.linear(joined)
 
     def linear(self, weight: Tensor) -> Linear:
         """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic."""

@@ -13,7 +13,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import SamplingParams
 from medusa.detokenize import TextStream
-from medusa.engine import Completion, Engine, Request, Stats
+from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
 from medusa.pretrained import pretrained_heads
@@ -132,7 +132,7 @@ class Model:
     def resolve_tree(self, tree: TreeChoice) -> Tree:
         """A `Tree` from a number of nodes, paths, or None for the checkpoint's own. ValueError where the heads cannot fill it."""
         if self.heads is None:
-            if tree is not None and tree != 1:
+            if tree not in (None, 1, Tree.root_only()):
                 raise ValueError("a tree needs Medusa heads; load the model with heads, or leave the tree out")
             return Tree.root_only()
         if isinstance(tree, Tree):
@@ -147,19 +147,23 @@ class Model:
         return chosen
 
     def engine(self, requests: Sequence[Request], *, tree: TreeChoice, max_batch_size: int) -> Engine:
-        """An idle engine with room for these requests, kept for the next call of the same tree and batch."""
+        """An idle engine with room for these requests, kept for the next call of the same tree and batch.
+
+        One idle engine is kept, since each holds a cache. Raises PromptError before anything is allocated.
+        """
         chosen = self.resolve_tree(tree)
-        need = max(len(request.prompt_ids) + request.params.max_tokens for request in requests)
         limit = self.backbone.max_context
+        for request in requests:
+            check_request(request, context_length=limit, vocab_size=self.backbone.vocab_size)
+        need = max(len(request.prompt_ids) + request.params.max_tokens for request in requests)
         key = (chosen, max_batch_size)
         known = self._engines.get(key)
         if known is None or known.has_work or known.context_length < min(need, limit):
             length = min(max(2 * need, 512), limit)
+            self._engines = {k: engine for k, engine in self._engines.items() if k != key and engine.has_work}
             known = self._engines[key] = Engine(
                 self.backbone, self.heads, tree=chosen, max_batch_size=max_batch_size, context_length=length
             )
-        for request in requests:
-            known.check(request)
         return known
 
     def _pieces(self, engine: Engine, request: Request, text: TextStream) -> Iterator[Chunk]:

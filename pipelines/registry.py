@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipelines.config import Config
-from pipelines.errors import StageError
+from pipelines.errors import NoSuchAlias, StageError
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def open_registry(config: Config) -> Registry:
 def resolve(config: Config, alias: str | None = None) -> Version:
     """The version that bears `alias` (default: the one that serving asks for), fetched: its `folder` holds a checkpoint.
 
-    Raises StageError where nothing bears the alias.
+    Raises NoSuchAlias where nothing bears it, StageError where what does cannot be fetched.
     """
     registry = open_registry(config)
     wanted = alias or config.serve.alias
     version = registry.aliased(wanted)
     if version is None:
         name, uri = config.registry.model_name, registry.tracking_uri
-        raise StageError(f"no version of {name} is {wanted!r} in {uri}; register and promote one")
+        raise NoSuchAlias(f"no version of {name} is {wanted!r} in {uri}; register and promote one")
     return registry.fetch(version)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -22,25 +22,29 @@ def event(payload: BaseModel) -> str:
 
 
 class EventStream(Response):
-    """Sends each event as its own body message the moment it exists, and closes `events` when the client goes.
+    """Sends each event as its own body message the moment it exists, and calls `release` when the client goes.
 
-    Closing the generator runs its `finally`, which is where a request is cancelled; starlette's StreamingResponse
-    leaves that to the garbage collector.
+    Starlette's StreamingResponse leaves a generator's end to the garbage collector; and a generator that was never
+    begun has no end, so what it holds is released here.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str]) -> None:
+    def __init__(self, events: AsyncGenerator[str], *, release: Callable[[], Awaitable[None]]) -> None:
         # Proxies must pass events on as they come.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _until_disconnect(self._send(send), receive)
+        try:
+            await _until_disconnect(self._send(send), receive)
+        finally:
+            await self._release()
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for text in events:
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})

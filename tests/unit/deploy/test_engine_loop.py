@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 
@@ -68,6 +70,15 @@ def test_a_stop_string_ends_the_answer_before_it(model: Model, make_loop: Callab
     assert pieces[-1].completion.finish_reason == "stop"
 
 
+def test_an_answer_closed_unread_is_cancelled(model: Model, make_loop: Callable) -> None:
+    async def leave(loop: EngineLoop) -> None:
+        await (await loop.submit(request(model, max_tokens=200))).aclose()
+
+    with make_loop(PacedEngine) as loop:
+        asyncio.run(leave(loop))
+        wait_until(lambda: loop.num_in_flight == 0 and not loop._engine.has_work, timeout_s=1)
+
+
 def test_leaving_an_answer_frees_its_slot(model: Model, make_loop: Callable) -> None:
     async def leave(loop: EngineLoop) -> None:
         async with aclosing(await loop.submit(request(model, max_tokens=200))) as pieces:
@@ -116,6 +127,52 @@ def test_a_failed_step_costs_its_requests_and_no_later_one(
         loop.check_health()
         pieces = asyncio.run(collect(loop, request(model)))
     assert [t for piece in pieces for t in piece.token_ids] == model.generate("Hello", max_tokens=24).token_ids
+
+
+def test_a_broken_engine_is_not_asked_to_cancel(
+    model: Model, make_loop: Callable, breaking: type[Breaking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is gone fails at every call: the readers must hear of it all the same."""
+
+    def gone(self: Engine, request_id: str) -> bool:
+        raise RuntimeError("the device is gone")
+
+    async def ask(loop: EngineLoop) -> list[object]:
+        asked = (collect(loop, request(model, request_id=str(i))) for i in range(3))
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
+
+    monkeypatch.setattr(breaking, "cancel", gone, raising=False)
+    breaking.failures = 1
+    with make_loop(breaking) as loop:
+        answers = asyncio.run(ask(loop))
+    assert any(isinstance(answer, EngineUnavailable) for answer in answers)
+
+
+def test_what_waited_behind_a_failed_step_is_not_decoded_for_nobody(model: Model, make_loop: Callable) -> None:
+    class BreakingSlowly(Engine):
+        failures = 1
+
+        def step(self) -> list[Delta]:
+            if type(self).failures:
+                type(self).failures -= 1
+                time.sleep(0.2)
+                raise RuntimeError("the device is gone")
+            return super().step()
+
+    async def ask(loop: EngineLoop) -> None:
+        first = await loop.submit(request(model, request_id="first", max_tokens=200))
+        await asyncio.sleep(0.05)  # its step is under way
+        second = await loop.submit(request(model, request_id="second", max_tokens=200))
+        for answer in (first, second):
+            with pytest.raises(EngineUnavailable, match="failed"):
+                await anext(answer)
+
+    with make_loop(BreakingSlowly) as loop:
+        asyncio.run(ask(loop))
+        taken = threading.Event()
+        loop._orders.put(taken.set)
+        assert taken.wait(5)
+        assert not loop._engine.has_work
 
 
 def test_step_after_step_failing_ends_the_loop_and_its_health(
