@@ -53,15 +53,15 @@ class Service:
     def card(self) -> ModelCard:
         return ModelCard(id=self.name, created=self.created, max_model_len=self.loop.context_length)
 
+    def check_name(self, name: str) -> None:
+        """ApiError for another model's name."""
+        if name != self.name:
+            said = f"no model {name!r} here; this server has {self.name!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+
     async def answer(self, request: ChatRequest, request_id: str) -> Pieces:
         """Submit `request`; ApiError or MedusaError when it is refused, before anything is sent."""
-        if request.model != self.name:
-            raise ApiError(
-                404,
-                f"no model {request.model!r} here; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+        self.check_name(request.model)
         messages = [message.as_turn() for message in request.messages]
         prompt_ids = await asyncio.to_thread(self.model.encode, messages)  # megabytes of text must not hold up streams
         params = sampling_params(request, room=self.loop.context_length - len(prompt_ids))
@@ -90,6 +90,11 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> ModelList:
         return ModelList(data=[service.card])
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        service.check_name(name)
+        return service.card
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -77,7 +77,9 @@ class Device(enum.StrEnum):
 
 
 Backbone = Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")]
-Heads = Annotated[str, typer.Option(help="Checkpoint folder, or 'default': the heads that come with the backbone.")]
+Heads = Annotated[
+    str, typer.Option(help="Checkpoint folder, 'default': the heads that come with the backbone, or 'none'.")
+]
 Plain = Annotated[bool, typer.Option("--plain", help="Decode plainly, one token a step, by the same code.")]
 Force = Annotated[bool, typer.Option("--force", help="Use heads that were made for other weights.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16, float32 or float64.")]
@@ -283,6 +285,7 @@ def _load(
     parse_dtype(dtype)
     if plain and tree is not None:
         raise ValueError("--plain decodes without a tree; leave --tree out")
+    plain = plain or heads == "none"
     if not plain and heads != "default" and not Path(heads).is_dir():
         raise ValueError(f"no heads folder at {heads}; give a checkpoint folder, 'default', or --plain")
     return medusa.load(

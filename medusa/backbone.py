@@ -212,13 +212,15 @@ def load_backbone(
     device: str | torch.device | None = None,
     fused: bool = True,
 ) -> Backbone:
-    """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype.
+    """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype or device.
 
     `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference.
     """
     torch_dtype = parse_dtype(dtype)
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = parse_device(device)
     source = default_backbone() if str(name) == DEFAULT_BACKBONE else name
+    if str(source).startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise BackboneError(f"no model folder at {source}; give {DEFAULT_BACKBONE!r}, a model folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "is_encoder_decoder", False):
@@ -242,6 +244,22 @@ def load_backbone(
         backbone.fused = FusedLlama(model)
     check_decodable(backbone)
     return backbone
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device, or for None CUDA where there is one. ValueError for what this machine does not have."""
+    has_gpu = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; choose cpu or cuda") from None
+    if where.type == "cuda" and not has_gpu:
+        raise ValueError(
+            f"device {device} needs a CUDA GPU and a CUDA build of torch, and this machine has none; use cpu"
+        )
+    return where
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

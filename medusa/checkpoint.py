@@ -184,6 +184,11 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
     found = [match for match in matches.values() if match]
     layers = [int(match[2]) for match in found if match[2]]
     first = next((weights[name] for name, match in matches.items() if match and match[3] == "weight"), None)
+    for name, match in matches.items():
+        if match and match[3] == "weight" and match[2] and len(set(weights[name].shape)) != 1:
+            raise CheckpointError(
+                f"{path}: {name} must be square, got {list(weights[name].shape)}; the file is damaged"
+            )
     if not layers or first is None or first.dim() != 2:
         raise CheckpointError(f"{path} holds no residual block; expected heads.0.blocks.0.weight [D,D]")
     own = [weights[name] for name, match in matches.items() if match and not match[2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 Scheme = Literal["greedy", "typical", "rejection"]
@@ -57,6 +58,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "choice"):
+            _require(name, getattr(self, name), Integral, "a whole number")
+        for name in ("temperature", "top_p", "epsilon", "delta"):
+            _require(name, getattr(self, name), Real, "a number")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.temperature < float("inf"):
@@ -84,3 +89,8 @@ class SamplingParams:
         if self.temperature < MIN_TEMPERATURE:
             return "greedy"
         return self.acceptance or "typical"
+
+
+def _require(name: str, value: object, kind: type, said: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} must be {said}, got {value!r}")  # noqa: TRY004  one kind of error for bad settings

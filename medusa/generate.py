@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -137,12 +137,19 @@ class Model:
             return Tree.root_only()
         if isinstance(tree, Tree):
             chosen = tree
+        elif isinstance(tree, str):
+            raise ValueError(f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}")
         elif tree is None or isinstance(tree, int):
             if isinstance(tree, int) and tree < 1:
                 raise ValueError(f"tree must have at least 1 node, got {tree}")
             chosen = self.checkpoint.tree(tree) if self.checkpoint else Tree.chain(self.heads.num_heads)
         else:
-            chosen = Tree.from_paths(tree)
+            try:
+                chosen = Tree.from_paths(tree)
+            except TypeError:
+                raise ValueError(
+                    f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}"
+                ) from None
         chosen.check_fits(num_heads=self.heads.num_heads, vocab_size=self.heads.num_choices)
         return chosen
 
@@ -222,6 +229,10 @@ def _as_batch(prompts: Any) -> tuple[bool, list[Any]]:
     """(is it a list of prompts?, the list). A list of messages or of ids is one prompt; so is a string."""
     if isinstance(prompts, str):
         return False, [prompts]
+    if isinstance(prompts, dict) or not isinstance(prompts, Iterable):
+        raise PromptError(
+            f"a prompt is text, a list of chat messages or a list of token ids, got {str(prompts)[:80]!r}"
+        )
     items = list(prompts)
     if items and isinstance(items[0], (dict, int)):
         return False, [items]

@@ -109,14 +109,14 @@ class Tree:
         return mask
 
     def check_fits(self, *, num_heads: int, vocab_size: int) -> None:
-        """ValueError for a tree deeper than the heads or wider than the vocabulary."""
+        """ValueError for a tree deeper than the heads or wider than the `vocab_size` tokens that a head guesses among."""
         if self.depth > num_heads:
             raise ValueError(
                 f"the tree is {self.depth} deep but there are {num_heads} Medusa heads; use a tree of depth {num_heads} or less"
             )
         if self.width > vocab_size:
             raise ValueError(
-                f"the tree takes a head's {self.width} best tokens but the vocabulary has {vocab_size}; use smaller ranks"
+                f"the tree takes a head's {self.width} best tokens but a head guesses among {vocab_size}; use smaller ranks"
             )
 
     def on(self, device: torch.device) -> DeviceTree:

@@ -18,7 +18,9 @@ def sampling_params(request: ChatRequest, *, room: int) -> SamplingParams:
     """
     if room < 1:
         raise bad_request(
-            "the messages fill the context; shorten them", param="messages", code="context_length_exceeded"
+            f"the messages are {1 - room} tokens too long for the context; shorten them",
+            param="messages",
+            code="context_length_exceeded",
         )
     if request.limit is not None and request.limit > room:
         raise bad_request(

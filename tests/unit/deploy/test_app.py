@@ -125,6 +125,9 @@ def test_max_tokens_defaults_to_what_the_context_leaves(client: openai.OpenAI) -
 
 def test_models_health_version(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'"):
+        client.models.retrieve("gpt-5")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/version").json()["version"]
 
@@ -151,6 +154,13 @@ def test_a_bad_request_is_refused_before_anything_is_sent(
     error = error_of(response)
     assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
     assert (error["param"] or "").startswith(param.partition(".")[0])
+
+
+def test_a_body_of_another_content_type_is_told_which_header_to_send(url: str) -> None:
+    body = b'{"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}'
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"text"', b'{"model": "tiny"}', b"\xff\xfe"])

@@ -75,6 +75,8 @@ def rewrite(folder: Path, change: str) -> None:
         weights["medusa_head.0.0.linear.weight"] = torch.zeros(2, 2)
     elif change == "mis-shaped":
         weights[name] = torch.zeros(31)
+    elif change == "cut":
+        weights["heads.0.blocks.0.weight"] = weights["heads.0.blocks.0.weight"][:-1].clone()
     elif change == "NaN":
         weights[name] = torch.full((32,), float("nan"))
     save_file(weights, folder / WEIGHTS)
@@ -87,6 +89,7 @@ def rewrite(folder: Path, change: str) -> None:
         ("unexpected", "missing: heads.0.blocks.1.bias"),
         ("foreign", "unexpected tensors.*medusa_head"),
         ("mis-shaped", "mis-shaped: heads.1.blocks.0.bias"),
+        ("cut", "heads.0.blocks.0.weight must be square"),
         ("NaN", "NaN or infinite"),
     ],
 )

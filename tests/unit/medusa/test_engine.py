@@ -213,7 +213,7 @@ def test_heads_that_guess_among_few_tokens_leave_all_tokens_to_the_backbone() ->
     done = answers([request], made)["0"]
     assert done.token_ids == answers([request], engine())["0"].token_ids
     assert set(done.token_ids) - {1, 4, 5, 8} and done.stats.num_steps < 39
-    with pytest.raises(ValueError, match="5 best tokens but the vocabulary has 4"):
+    with pytest.raises(ValueError, match="5 best tokens but a head guesses among 4"):
         Engine(BACKBONE, few, tree=Tree.full([5]), max_batch_size=1, context_length=96)
 
 

@@ -114,7 +114,7 @@ def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
         ("hello", {"tree": 0}, "at least 1 node"),
         ("hello", {"tree": [(0, 0)]}, "prefix-closed"),
         ("hello", {"tree": [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]}, "4 deep but there are 3"),
-        ("hello", {"tree": [(300,)]}, "vocabulary has 300"),
+        ("hello", {"tree": [(300,)]}, "guesses among 300"),
         ("hello", {"stop": ""}, "stop string is empty"),
         ([{"role": "user"}], {}, "message 0"),
         ([{"role": "user", "content": "a"}, "b"], {}, "message 1"),
@@ -126,6 +126,25 @@ def test_bad_input_is_one_clear_error(model: medusa.Model, prompt: object, setti
         with pytest.raises((ValueError, medusa.MedusaError), match=said) as caught:
             call(prompt, **settings)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, {"role": "user", "content": "hi"}])
+def test_what_is_no_prompt_is_named(model: medusa.Model, prompt: object) -> None:
+    with pytest.raises(medusa.PromptError, match="a prompt is text"):
+        model.generate(prompt)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tree", [[0, 1], "x", 3.5])
+def test_what_is_no_tree_is_named(model: medusa.Model, tree: object) -> None:
+    with pytest.raises(ValueError, match="tree"):
+        model.generate("hello", tree=tree)
+
+
+def test_a_device_that_is_not_there_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="unknown device 'tpus'"):
+        medusa.load(tiny_folder, heads=None, device="tpus")
+    with pytest.raises(medusa.BackboneError, match=r"no model folder at \./nope"):
+        medusa.load("./nope", heads=None)
 
 
 def test_no_prompts_give_no_answers(model: medusa.Model) -> None:

@@ -54,7 +54,7 @@ def test_paths_that_are_no_tree_are_refused(paths: list[tuple[int, ...]], said: 
 def test_a_tree_deeper_than_the_heads_or_wider_than_the_vocabulary_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="4 deep but there are 3 Medusa heads"):
         Tree.chain(4).check_fits(num_heads=3, vocab_size=10)
-    with pytest.raises(ValueError, match="12 best tokens but the vocabulary has 10"):
+    with pytest.raises(ValueError, match="12 best tokens but a head guesses among 10"):
         Tree.from_paths([(11,)]).check_fits(num_heads=3, vocab_size=10)
 
 
