@@ -138,7 +138,7 @@ class Model:
         if isinstance(tree, Tree):
             chosen = tree
         elif isinstance(tree, str):
-            raise ValueError(f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}")
+            raise ValueError(f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}")  # noqa: TRY004
         elif tree is None or isinstance(tree, int):
             if isinstance(tree, int) and tree < 1:
                 raise ValueError(f"tree must have at least 1 node, got {tree}")
