@@ -53,9 +53,13 @@ class Adapters:
             else:
                 shape = (self.tensors[name + _B].shape[0], self.tensors[name + _A].shape[1])
             if shape != tuple(target.shape):
-                raise CheckpointError(f"the adapters of {name!r} have shape {shape}, the backbone's {tuple(target.shape)}")
+                raise CheckpointError(
+                    f"the adapters of {name!r} have shape {shape}, the backbone's {tuple(target.shape)}"
+                )
             if self.kind == "lora" and _is_embedding(model, target):
-                raise CheckpointError(f"the adapters tune {name!r}, which is tied to the embeddings and would change them")
+                raise CheckpointError(
+                    f"the adapters tune {name!r}, which is tied to the embeddings and would change them"
+                )
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:
@@ -101,7 +105,9 @@ def load_adapters(folder: Path, entry: Any) -> Adapters | None:
         raise CheckpointError(f"{path} cannot be read ({error}): truncated or not safetensors") from None
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken or not tensors:
-        raise CheckpointError(f"{path} holds {'NaN or infinite values in ' + ', '.join(broken[:4]) if broken else 'nothing'}")
+        raise CheckpointError(
+            f"{path} holds {'NaN or infinite values in ' + ', '.join(broken[:4]) if broken else 'nothing'}"
+        )
     if entry["kind"] == "full":
         return Adapters(kind="full", tensors=tensors)
     rank, alpha = entry.get("rank"), entry.get("alpha")

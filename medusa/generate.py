@@ -188,7 +188,8 @@ def load(
 
     `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` (the trained heads
     that come with this package, for the default backbone) or None (plain decoding, the original backbone). A MEDUSA-2
-    checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights. Raises BackboneError, CheckpointError, ValueError.
+    checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights. Raises
+    BackboneError, CheckpointError, ValueError.
     """
     loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused)
     if heads is None:

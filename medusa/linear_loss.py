@@ -71,7 +71,9 @@ class _LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         half = len(tensors) // 2
         features, weights = tensors[:half], tensors[half:]
-        grads = [torch.zeros_like(t) if need else None for t, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)]
+        grads = [
+            torch.zeros_like(t) if need else None for t, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)
+        ]
         accumulate = torch.promote_types(features[0].dtype, torch.float32)
         total = torch.zeros((), dtype=accumulate, device=features[0].device)
         for start in range(0, features[0].shape[0], chunk_size):
