@@ -43,7 +43,7 @@ class Adapters:
 
     def check_fits(self, model: nn.Module) -> None:
         """CheckpointError, naming the first fault, where these are not adapters of `model`."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.modules:
             target = parameters.get(name if self.kind == "full" else f"{name}.weight")
             if target is None:

@@ -115,9 +115,7 @@ def test_soft_labels_mix_the_token_with_the_backbones_distribution(weight: float
             want = want - 0.8 ** (k + 1) * (wanted * log_p[p, k]).sum() / 6
     torch.testing.assert_close(report.loss, want)
     parameters = tuple(heads.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(report.loss, parameters), torch.autograd.grad(want, parameters)
-    )
+    torch.testing.assert_close(torch.autograd.grad(report.loss, parameters), torch.autograd.grad(want, parameters))
 
 
 @pytest.mark.parametrize("lm_heads", ["shared", "own"])

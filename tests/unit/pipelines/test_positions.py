@@ -48,9 +48,7 @@ def oracle(backbone: Backbone, row: Answer) -> list[tuple[torch.Tensor, list[int
         inside = [t + k + 1 < len(tokens) for k in range(1, NUM_HEADS + 1)]
         if inside[0]:
             wanted = [tokens[t + k + 1] if inside[k - 1] else IGNORE for k in range(1, NUM_HEADS + 1)]
-            own = [
-                backbone.logits(states[t + k]).detach() if inside[k - 1] else None for k in range(1, NUM_HEADS + 1)
-            ]
+            own = [backbone.logits(states[t + k]).detach() if inside[k - 1] else None for k in range(1, NUM_HEADS + 1)]
             found.append((states[t], wanted, own))
     return found
 
