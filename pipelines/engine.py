@@ -97,10 +97,12 @@ class TrainEngine:
         self, sums: Tensor, counts: Tensor, norm: float, rates: dict[str, float], weights: Any, started: float
     ) -> StepReport:
         broken = torch.zeros(self.world, dtype=torch.float64, device=sums.device)
-        broken[self.rank] = float(not (sums.isfinite().all() and math.isfinite(norm)))
+        broken[self.rank] = float(not sums.isfinite().all())
         everything = torch.cat([sums, counts, broken])
         dist.all_reduce(everything)
         sums, counts, broken = everything.split([len(sums), len(counts), self.world])
+        if not (math.isfinite(norm) or broken.any()):  # the norm is one of all ranks' gradients
+            broken.fill_(1)
         means = (sums / counts.clamp_min(1)).tolist()
         labels = float(counts[0]) or float(self.train.batch_positions)
         decayed = sum(self.train.loss_decay**k * float(value) for k, value in enumerate(sums[1:], start=1)) / labels

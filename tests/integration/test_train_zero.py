@@ -19,6 +19,7 @@ from pipelines.config import Config, TrainSection
 from pipelines.learner import Learner
 from pipelines.records import Answer
 from pipelines.zero import learning_rates
+from tests.tiny_models import save_tiny_folder
 
 STEPS, WORLD = 4, 2
 SAVED_AT = 2
@@ -36,6 +37,7 @@ class Case:
     name: str
     train: dict[str, Any]
     lm_heads: str = "shared"
+    tied: bool = False
 
 
 _JOINT = {"method": "medusa2", "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1}
@@ -43,16 +45,18 @@ _METHODS = {
     "medusa1": Case("medusa1", {"soft_labels": 3}),
     "own": Case("own", {}, "own"),
     "lora": Case("lora", _JOINT),
+    "tied": Case("tied", _JOINT, tied=True),
     "full": Case("full", {**_JOINT, "tune": "full"}, "own"),
+    "full-tied": Case("full-tied", {**_JOINT, "tune": "full"}, tied=True),
 }
 CASES = [
-    Case(f"{name}-{stage}", {**case.train, "zero_stage": stage}, case.lm_heads)
+    Case(f"{name}-{stage}", {**case.train, "zero_stage": stage}, case.lm_heads, case.tied)
     for name, case in _METHODS.items()
     for stage in ((0, 1, 2, 3) if name in ("medusa1", "lora") else (2, 3))
 ]
 
 
-def configured(case: Case, backbone: Path, workdir: Path) -> Config:
+def configured(case: Case, backbones: Path, workdir: Path) -> Config:
     train = {
         "init_from": "none", "steps": STEPS, "warmup_steps": 1, "shards": 2, "batch_positions": 32,
         "batch_sequences": 4, "sequence_length": 24, "sequences_at_once": 1, "lr_heads": 0.01, "lr_backbone": 0.003,
@@ -61,7 +65,7 @@ def configured(case: Case, backbone: Path, workdir: Path) -> Config:
     return Config.model_validate(
         {
             "workdir": workdir,
-            "backbone": {"name": str(backbone)},
+            "backbone": {"name": str(backbones / ("tied" if case.tied else "untied"))},
             "heads": {"num_heads": 3, "lm_heads": case.lm_heads},
             "train": train,
         }
@@ -86,7 +90,7 @@ def weights_of(learner: Learner) -> dict[str, Tensor]:
     }
 
 
-def worker(rank: int, folder: Path, backbone: Path) -> None:
+def worker(rank: int, folder: Path, backbones: Path) -> None:
     import torch.distributed as dist
 
     from pipelines.engine import TrainEngine
@@ -96,7 +100,7 @@ def worker(rank: int, folder: Path, backbone: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
     for case in CASES:
-        config = configured(case, backbone, folder / "work")
+        config = configured(case, backbones, folder / "work")
         engine = TrainEngine(learner_of(config, rank, WORLD), config.train)
         reports = []
         for step in range(STEPS):
@@ -123,19 +127,27 @@ def worker(rank: int, folder: Path, backbone: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones")
+    for tied in (False, True):
+        save_tiny_folder(folder / ("tied" if tied else "untied"), tie_word_embeddings=tied)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("zero")
-    mp.start_processes(worker, args=(folder, tiny_folder), nprocs=WORLD, start_method="spawn")  # type: ignore[no-untyped-call]
+    mp.start_processes(worker, args=(folder, backbones), nprocs=WORLD, start_method="spawn")  # type: ignore[no-untyped-call]
     return {case.name: torch.load(folder / f"{case.name}.pt", weights_only=False) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def plain(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """One worker with both lanes, AdamW and clipping as torch has them; no DeepSpeed."""
     folder = tmp_path_factory.mktemp("plain")
     results = {}
     for name, case in _METHODS.items():
-        config = configured(case, tiny_folder, folder)
+        config = configured(case, backbones, folder)
         results[name] = trained_plainly(learner_of(config, 0, 1), config.train)
     return results
 
