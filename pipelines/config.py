@@ -117,7 +117,7 @@ class TrainSection(Section):
 
     The rows are cut into `shards` lanes (null: one per worker); the run is the same function of the data for any number
     of workers that divides them. `init_from`: "default" (shipped heads), a checkpoint folder, or "none" (fresh heads).
-    A run stops where a loss stays above `divergence_ratio` times its lowest mean (null: never).
+    A run stops where a loss stays above `divergence_ratio` times its lowest median (null: never).
     """
 
     method: Literal["medusa1", "medusa2"] = "medusa1"

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
 SEND_EVERY_S = 2.0
-_TRIES = 3
+_TRIES, _WAIT_S = 3, 0.5
 _AT_ONCE = 900  # MLflow takes 1000 metrics in one request
 
 # One request is tried for seconds, not for minutes: trying again is done here, where training does not wait for it.
@@ -149,7 +149,9 @@ def brief_requests() -> Iterator[None]:
 def _patiently(call: Callable[[], Any]) -> Any:
     """`call`, tried a few times with growing pauses; the last error is raised."""
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(_TRIES), wait=tenacity.wait_exponential(multiplier=0.5, max=5), reraise=True
+        stop=tenacity.stop_after_attempt(_TRIES),
+        wait=tenacity.wait_exponential(multiplier=_WAIT_S, max=5),
+        reraise=True,
     )
     return retrying(call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ class Diverged(StageError):
 
 @dataclass(kw_only=True)
 class Watch:
-    """Raises Diverged where a loss or the gradient is not finite, or where the mean of a loss over the last `WINDOW` steps
-    is more than `ratio` times (null: any times) the lowest such mean."""
+    """Raises Diverged where a loss or the gradient is not finite, or where the median of a loss over the last `WINDOW`
+    steps is more than `ratio` times (null: any times) the lowest such median."""
 
     ratio: float | None
     recent: dict[str, list[float]] = field(default_factory=dict)
@@ -38,14 +39,14 @@ class Watch:
             del window[:-WINDOW]
             if len(window) < WINDOW:
                 continue
-            mean = sum(window) / WINDOW
-            lowest = self.lowest.get(name, mean)
-            if self.ratio is not None and mean > self.ratio * max(lowest, _FLOOR):
+            usual = statistics.median(window)
+            lowest = self.lowest.get(name, usual)
+            if self.ratio is not None and usual > self.ratio * max(lowest, _FLOOR):
                 raise Diverged(
-                    f"step {step}: {name} has risen to {mean:.3g} nats on all ranks, {self.ratio:g} times its lowest mean "
-                    f"of {lowest:.3g} or more; lower the learning rate (train.divergence_ratio is the limit)"
+                    f"step {step}: {name} has risen to {usual:.3g} nats over all ranks, more than {self.ratio:g} times its "
+                    f"lowest of {lowest:.3g}; lower the learning rate (train.divergence_ratio is the limit)"
                 )
-            self.lowest[name] = min(lowest, mean)
+            self.lowest[name] = min(lowest, usual)
 
     def state(self) -> dict[str, Any]:
         return {"recent": self.recent, "lowest": self.lowest}
