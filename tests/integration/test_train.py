@@ -261,7 +261,7 @@ def test_a_run_whose_driver_was_killed_goes_on_with_the_same_command(
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while not marker.exists():
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.2)
