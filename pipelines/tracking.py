@@ -27,6 +27,8 @@ SEND_EVERY_S = 2.0
 _TRIES, _WAIT_S = 3, 0.5
 _AT_ONCE = 900  # MLflow takes 1000 metrics in one request
 
+# What MLflow's client calls a server that does not answer, or answers that it cannot.
+_AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 # One request is tried for seconds, not for minutes: trying again is done here, where training does not wait for it.
 _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -167,7 +169,8 @@ def within_reach(call: Callable[[], Any], where: str) -> Any | None:
         with brief_requests():
             return _patiently(call)
     except (MlflowException, OSError) as error:
-        if not where.startswith(("http:", "https:")):
+        code = getattr(error, "error_code", _AWAY[0])
+        if not where.startswith(("http:", "https:")) or code not in _AWAY:
             raise
         reason = " ".join(str(error).split())[:200]
         logger.warning("MLflow at %s is out of reach (%s); training goes on without it", where, reason)

@@ -37,6 +37,15 @@ _SHAPES_MEDUSA2 = {
 }  # fmt: skip
 
 
+# What a worker's failure says somewhere → what it means. Whoever was killed could not explain it himself.
+_KNOWN_FAILURES = {
+    "No space left on device": "the disk is full; free some space",
+    "Disk quota exceeded": "the disk quota is used up; free some space",
+    "OutOfMemoryError": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
+    "low on memory": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """The checkpoint that a run made, and how good it is. `top1` is each head's held-out accuracy; empty: none held out."""
@@ -257,7 +266,11 @@ def _told(error: Exception) -> Exception:
                 if isinstance(told, MedusaError):
                     return StageError(str(told))
             cause = cause.__cause__
-    lines = [line.strip() for failure in failures or [error] for line in str(failure).splitlines() if line.strip()]
+    text = "\n".join(map(str, failures or [error]))
+    for sign, meaning in _KNOWN_FAILURES.items():
+        if sign in text:
+            return StageError(f"training failed: {meaning}; the same command goes on from the last checkpoint")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return StageError(
         f"training failed: {lines[-1] if lines else type(error).__name__} (the workers' logs are in Ray's session folder)"
     )

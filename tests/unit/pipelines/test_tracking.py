@@ -105,6 +105,16 @@ def test_a_database_that_fails_is_no_server_out_of_reach() -> None:
         within_reach(broken, "sqlite:////x")
 
 
+def test_a_server_that_says_no_is_not_away() -> None:
+    from mlflow.exceptions import MlflowException
+
+    def refused() -> str:
+        raise MlflowException.invalid_parameter_value("a key twice")
+
+    with pytest.raises(MlflowException, match="a key twice"):
+        within_reach(refused, "http://there")
+
+
 def test_the_revision_is_the_environments_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("MEDUSA_GIT_REVISION", "abc")
