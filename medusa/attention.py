@@ -91,3 +91,21 @@ def step_mask(
         seen = seen & (depths[None, :, None] - key_depth[:, None, :] < window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=offsets.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
+
+
+def packed_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """documents [B,S] → additive mask [B,1,S,S]: causal, and blind to every document but one's own."""
+    steps = torch.arange(documents.shape[1], device=documents.device)
+    behind = steps[:, None] - steps
+    seen = (documents[:, :, None] == documents[:, None, :]) & (behind >= 0)
+    if window is not None:  # inside a document, slots lie as far apart as positions do
+        seen = seen & (behind < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=documents.device).masked_fill_(~seen, float("-inf")).unsqueeze(1)
+
+
+def packed_positions(documents: Tensor) -> Tensor:
+    """documents [B,S] → positions [B,S] that begin at 0 with each document."""
+    steps = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return steps - torch.where(begins, steps, 0).cummax(dim=1).values

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medusa import attention
+from medusa.adapters import Adapters
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LmHead, LogitTransform, PartialLmHead
@@ -125,6 +126,13 @@ class Backbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
+    def merge(self, adapters: Adapters) -> None:
+        """Tune the weights for good; the fingerprint stays that of the original. CheckpointError where they do not fit."""
+        assert self.fingerprint
+        adapters.merge_into(self.model)
+        if self.fused is not None:
+            self.fused = FusedLlama(self.model)  # it holds copies of the weights
+
     # Running it
 
     def new_cache(self, *, num_slots: int, capacity: int) -> KVCache:
@@ -161,10 +169,20 @@ class Backbone:
             return self.fused(ids, positions, masks["full_attention"], cache)
         return self._run(ids, positions, masks, cache)
 
-    def hidden_states(self, ids: Tensor) -> Tensor:
-        """ids [B,S], padded on the right if at all → last hidden states [B,S,D] of a plain causal forward, no cache."""
+    def hidden_states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """ids [B,S], padded on the right if at all → last hidden states [B,S,D] of a plain causal forward, no cache.
+
+        `documents` [B,S] numbers the documents packed into each row, neighbours apart: each is seen by itself alone and
+        its positions begin at 0, so the result is that of its documents one by one.
+        """
         length = ids.shape[1]
         steps = torch.arange(length, device=ids.device)
+        if documents is not None:
+            packed = {
+                kind: attention.packed_mask(documents, dtype=self.dtype, window=window)
+                for kind, window in self._windows.items()
+            }
+            return self._run(ids, attention.packed_positions(documents), packed, None)
         masks = {
             kind: attention.step_mask(
                 offsets=steps.new_zeros(1),

@@ -3,6 +3,7 @@
 config.json                 format, shape of the heads, backbone name and fingerprint, default tree size, measured accuracy
 medusa_heads.safetensors    heads.{k}.blocks.{l}.weight [D,D], .bias [D]; heads.{k}.lm_head.weight [V,D] where own;
                             vocabulary [M]: the token ids that heads guess among, where not all
+adapters.safetensors        where the backbone was tuned with the heads (MEDUSA-2): see adapters.py
 tree.json                   paths in growth order: the first n − 1 are the best tree of n nodes
 README.md                   the model card
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.adapters import Adapters, load_adapters, save_adapters
 from medusa.backbone import Backbone
 from medusa.config import HeadsConfig
 from medusa.errors import CheckpointError
@@ -37,7 +39,10 @@ _NAME = re.compile(r"heads\.(\d+)\.(?:blocks\.(\d+)\.(weight|bias)|lm_head\.weig
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """Heads with all that is known of them. `paths` are in growth order; `accuracy` [K][R] is held-out, where measured."""
+    """Heads with all that is known of them. `paths` are in growth order; `accuracy` [K][R] is held-out, where measured.
+
+    With `adapters` the heads belong to a tuned backbone; name and fingerprint are still those of the original.
+    """
 
     heads: MedusaHeads
     paths: list[Path]
@@ -45,6 +50,7 @@ class Checkpoint:
     backbone_fingerprint: str
     default_nodes: int | None = None
     accuracy: list[list[float]] | None = None
+    adapters: Adapters | None = None
     card: dict[str, Any] = field(default_factory=dict)
     folder: FilePath | None = None
 
@@ -65,6 +71,7 @@ def save_checkpoint(
     backbone_fingerprint: str,
     default_nodes: int | None = None,
     accuracy: Sequence[Sequence[float]] | Tensor | None = None,
+    adapters: Adapters | None = None,
     card: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> FilePath:
@@ -84,6 +91,7 @@ def save_checkpoint(
         "backbone_fingerprint": backbone_fingerprint,
         "default_nodes": default_nodes,
         "accuracy": [[round(float(x), 5) for x in row] for row in rows] if rows is not None else None,
+        "adapters": adapters.describe() if adapters is not None else None,
         "card": card or {},
     }
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
@@ -93,6 +101,8 @@ def save_checkpoint(
         if heads.vocabulary is not None:
             weights[VOCABULARY] = heads.vocabulary.to(torch.int32).cpu()
         save_file(weights, made / WEIGHTS, metadata={"format": FORMAT})
+        if adapters is not None:
+            save_adapters(made, adapters, dtype=dtype)
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
         (made / CARD).write_text(_card_text(config))
@@ -142,6 +152,9 @@ def load_checkpoint(
         device=backbone.device if backbone else None,
     )
     _load_strictly(heads, weights, root / WEIGHTS)
+    adapters = load_adapters(root, config.get("adapters"))
+    if adapters is not None and backbone is not None:
+        adapters.check_fits(backbone.model)
     return Checkpoint(
         heads=heads.eval(),
         paths=_read_paths(root / TREE, heads),
@@ -149,6 +162,7 @@ def load_checkpoint(
         backbone_fingerprint=str(config.get("backbone_fingerprint", "")),
         default_nodes=_check_nodes(config.get("default_nodes"), root / CONFIG),
         accuracy=config.get("accuracy"),
+        adapters=adapters,
         card=config.get("card") or {},
         folder=root,
     )
@@ -265,6 +279,8 @@ def _card_text(config: dict[str, Any]) -> str:
         f"{config['num_heads']} heads, {config['num_layers']} residual layer(s) each, {config['lm_heads']} lm_head; "
         f"backbone fingerprint `{config['backbone_fingerprint']}`.",
     ]
+    if config["adapters"]:
+        lines.append(f"The backbone is tuned with them (MEDUSA-2): adapters {json.dumps(config['adapters'])}.")
     for heading, text in config["card"].items():
         lines += ["", f"## {heading.replace('_', ' ').capitalize()}", ""]
         lines += [f"- {key}: {value}" for key, value in text.items()] if isinstance(text, dict) else [str(text)]

@@ -198,14 +198,17 @@ def load(
     """A model ready to generate.
 
     `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` (the trained heads
-    that come with this package, for the default backbone) or None (plain decoding). `force` uses heads made for other
-    weights. Raises BackboneError, CheckpointError, ValueError.
+    that come with this package, for the default backbone) or None (plain decoding, the original backbone). A MEDUSA-2
+    checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights. Raises
+    BackboneError, CheckpointError, ValueError.
     """
     loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused)
     if heads is None:
         return Model(loaded, None)
     folder = pretrained_heads(loaded.name) if str(heads) == "default" else FilePath(heads)
     checkpoint = load_checkpoint(folder, backbone=loaded, force=force)
+    if checkpoint.adapters is not None:
+        loaded.merge(checkpoint.adapters)
     return Model(loaded, checkpoint.heads, checkpoint)
 
 

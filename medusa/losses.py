@@ -1,31 +1,56 @@
 """Losses of Medusa training. Pure functions of tensors; knows no optimiser, no worker, no file.
 
-P label positions, S sequence, K heads, V vocabulary, D hidden
+P label positions, S sequence, K heads, R ranks of soft labels, V vocabulary, D hidden
 MEDUSA-1: L = Σ_k decay^k · CE(p_k(t), y[t+k+1])                                            arXiv 2401.10774 §2.2.1
+MEDUSA-2: L = L_LM + λ0 · Σ_k decay^k · CE_k, L_LM = KL(p_original ‖ p) or next-token CE          §2.2.2, §2.3.2
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medusa.heads import LogitTransform, MedusaHeads
+from medusa.linear_loss import CHUNK_SIZE, Objective, SparseTarget, linear_loss
 
 IGNORE = -100
 HEAD_DECAY = 0.8
 
+# What turns features [P,D] and what they are compared with into a summed loss: an lm_head, in chunks.
+Reader = Callable[[Tensor, Objective], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsLoss:
-    """`loss` is differentiable; `per_head` [K] is each head's mean cross-entropy in nats; `counts` [K] its targets."""
+    """`loss` is differentiable; `sums` [K] are the heads' summed cross-entropies in nats, `counts` [K] their targets."""
 
     loss: Tensor
-    per_head: Tensor
+    sums: Tensor
     counts: Tensor
+
+    @property
+    def per_head(self) -> Tensor:
+        """[K] mean cross-entropy."""
+        return self.sums / self.counts.clamp_min(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftLabels:
+    """The backbone's own best tokens [P,K,R] where each head's target stands, their shares [P,K,R] (summing to 1), and
+    how much they weigh against the token itself."""
+
+    tokens: Tensor
+    shares: Tensor
+    weight: float
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """labels [...,S] → what the backbone's own head wants at each position: labels[t+1], −100 where there is none."""
+    return F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
 
 
 def head_targets(labels: Tensor, num_heads: int) -> Tensor:
@@ -40,48 +65,19 @@ def head_targets(labels: Tensor, num_heads: int) -> Tensor:
     return targets.masked_fill(own.unsqueeze(-1) == IGNORE, IGNORE)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ CE(transform(x·Wᵀ), y) without ever holding more than `chunk_size` rows of logits.
+def hard_target(targets: Tensor) -> SparseTarget:
+    """targets [P], −100 for none."""
+    return SparseTarget(tokens=targets.clamp_min(0).unsqueeze(1), shares=(targets != IGNORE).unsqueeze(1))
 
-    The gradients are made on the way forward, while a chunk's logits exist, so the product is never computed twice.
-    """
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform, chunk_size: int
-    ) -> Tensor:
-        need_features, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_features = torch.zeros_like(features) if need_features else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        accumulate = torch.float64 if features.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=accumulate, device=features.device)
-        for start in range(0, features.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            wanted = targets[rows]
-            real = wanted != IGNORE
-            index = wanted.clamp_min(0).unsqueeze(1)
-            logits = transform(F.linear(features[rows], weight)).to(accumulate)
-            log_z = torch.logsumexp(logits, dim=-1)
-            total += ((log_z - logits.gather(1, index).squeeze(1)) * real).sum()
-            if not (need_features or need_weight):
-                continue
-            slope = transform.slope(logits)
-            grad = logits.sub_(log_z.unsqueeze(1)).exp_()
-            grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=accumulate))
-            grad.mul_(slope).mul_(real.unsqueeze(1))
-            grad = grad.to(features.dtype)
-            if grad_features is not None:
-                grad_features[rows] = grad @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), features[rows])
-        ctx.save_for_backward(grad_features, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        grad_features, grad_weight = ctx.saved_tensors
-        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in (grad_features, grad_weight)]
-        return scaled[0], scaled[1], None, None, None
+def soft_target(targets: Tensor, soft: SoftLabels, head: int) -> SparseTarget:
+    """targets [P] of one head, mixed with the backbone's distribution there: (1 − weight) · label + weight · soft."""
+    hard = hard_target(targets)
+    real = hard.shares.to(soft.shares.dtype)
+    return SparseTarget(
+        tokens=torch.cat([hard.tokens, soft.tokens[:, head].long()], dim=1),
+        shares=torch.cat([(1 - soft.weight) * real, soft.weight * real * soft.shares[:, head]], dim=1),
+    )
 
 
 def linear_cross_entropy(
@@ -90,13 +86,37 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     transform: LogitTransform = LogitTransform(),
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """Sum of the cross-entropies (nats) of `features` [P,D] through `weight` [V,D] against `targets` [P]; −100 is skipped.
+    """Sum of the cross-entropies (nats) of `features` [P,D] through `weight` [V,D] against `targets` [P]; −100 is skipped."""
+    return linear_loss([(features, weight)], hard_target(targets), transform=transform, chunk_size=chunk_size)
 
-    Peak memory is `chunk_size · V` logits, whatever P.
+
+def heads_loss(
+    features: Tensor,
+    targets: Tensor,
+    readers: Sequence[Reader],
+    *,
+    decay: float = HEAD_DECAY,
+    denominator: float | None = None,
+    soft: SoftLabels | None = None,
+) -> HeadsLoss:
+    """The heads' loss over features [P,K,D] and targets [P,K], head k read by `readers[k]`.
+
+    The sum is divided by `denominator`, the number of label positions over *all* workers; without it, by those here
+    (positions with a target for the first head).
     """
-    return _LinearCrossEntropy.apply(features, weight, targets, transform, chunk_size)  # type: ignore[no-untyped-call]
+    num_heads = len(readers)
+    if targets.shape != (features.shape[0], num_heads):
+        raise ValueError(f"targets must be [{features.shape[0]}, {num_heads}], got {list(targets.shape)}")
+    counts = (targets != IGNORE).sum(dim=0)
+    wanted = [
+        hard_target(targets[:, k]) if soft is None else soft_target(targets[:, k], soft, k) for k in range(num_heads)
+    ]
+    summed = torch.stack([read(features[:, k], wanted[k]) for k, read in enumerate(readers)])
+    powers = torch.tensor([decay**k for k in range(1, num_heads + 1)], dtype=summed.dtype, device=summed.device)
+    divisor = float(denominator) if denominator is not None else max(float(counts[0]), 1.0)
+    return HeadsLoss(loss=(powers * summed).sum() / divisor, sums=summed.detach(), counts=counts)
 
 
 def medusa1_loss(
@@ -108,28 +128,14 @@ def medusa1_loss(
     transform: LogitTransform = LogitTransform(),
     decay: float = HEAD_DECAY,
     denominator: float | None = None,
-    chunk_size: int = 256,
+    soft: SoftLabels | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> HeadsLoss:
-    """The heads' loss over hidden [P,D] and targets [P,K], the backbone frozen.
+    """`heads_loss` over hidden [P,D], the heads reading `lm_head_weight` or their own, the backbone frozen."""
 
-    The sum is divided by `denominator`, the number of label positions over *all* workers; without it, by those here
-    (positions with a target for the first head).
-    """
-    if targets.shape != (hidden.shape[0], heads.num_heads):
-        raise ValueError(f"targets must be [{hidden.shape[0]}, {heads.num_heads}], got {list(targets.shape)}")
-    features = heads.features(hidden)
-    counts = (targets != IGNORE).sum(dim=0)
-    sums = []
-    for k, head in enumerate(heads.heads):
-        weight = lm_head_weight if head.lm_head is None else head.lm_head.weight  # type: ignore[union-attr]
-        sums.append(
-            linear_cross_entropy(features[:, k], weight, targets[:, k], transform=transform, chunk_size=chunk_size)  # type: ignore[arg-type]
-        )
-    summed = torch.stack(sums)
-    powers = torch.tensor([decay**k for k in range(1, heads.num_heads + 1)], dtype=summed.dtype, device=summed.device)
-    divisor = float(denominator) if denominator is not None else max(float(counts[0]), 1.0)
-    return HeadsLoss(
-        loss=(powers * summed).sum() / divisor,
-        per_head=(summed / counts.clamp_min(1)).detach(),
-        counts=counts,
-    )
+    def reader(weight: Tensor) -> Reader:
+        return lambda x, objective: linear_loss([(x, weight)], objective, transform=transform, chunk_size=chunk_size)
+
+    own = [None if head.lm_head is None else head.lm_head.weight for head in heads.heads]  # type: ignore[union-attr]
+    readers = [reader(lm_head_weight if weight is None else weight) for weight in own]  # type: ignore[arg-type]
+    return heads_loss(heads.features(hidden), targets, readers, decay=decay, denominator=denominator, soft=soft)

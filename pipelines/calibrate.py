@@ -84,6 +84,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
         backbone_fingerprint=model.backbone.fingerprint,
         default_nodes=chosen,
         accuracy=hits.accuracy,
+        adapters=model.checkpoint.adapters,
         card=model.checkpoint.card | {"Tree": {"nodes": chosen, "answers": len(answers.rows), "chosen for": device}},
     )
     folder = config.layout.calibration

@@ -105,22 +105,46 @@ class DistillSection(Section):
 
 
 class TrainSection(Section):
-    """MEDUSA-1 (arXiv 2401.10774 §2.2.1): the backbone is frozen, the heads learn.
+    """How the heads learn (arXiv 2401.10774 §2.2), and with `method: medusa2` the backbone with them.
 
-    A step takes `batch_positions` positions over all workers. The rows are cut into `shards` lanes (null: one per
-    worker); the run is the same function of the data for any number of workers that divides them.
-    `init_from`: "default" (shipped heads), a checkpoint folder, or "none" (fresh heads).
+    MEDUSA-1: a step takes `batch_positions` positions over all workers; hidden states are computed once a row and kept
+    on disk while they all fit `cache_quota_gb`, else computed again each epoch. `soft_labels` > 0 mixes the backbone's
+    own best so many tokens into each label, with `soft_weight`.
+    MEDUSA-2: a step takes `batch_sequences` rows of `sequence_length` packed tokens (a longer answer is a row of its
+    own), `sequences_at_once` in a forward; heads learn `lr_ratio` times as fast as the backbone. The defaults are the
+    second of two stages, from heads that MEDUSA-1 trained; in one stage: lambda0 0.01, sine, lr_backbone 1e-4.
+    `tune`: LoRA against the original's distribution; the whole backbone, or LoRA beside 4-bit weights, against labels.
+
+    The rows are cut into `shards` lanes (null: one per worker); the run is the same function of the data for any number
+    of workers that divides them. `init_from`: "default" (shipped heads), a checkpoint folder, or "none" (fresh heads).
+    A run stops where a loss stays above `divergence_ratio` times its lowest median (null: never).
     """
 
+    method: Literal["medusa1", "medusa2"] = "medusa1"
     init_from: NameOrFolder = "default"
     steps: PositiveInt = 1000
     batch_positions: PositiveInt = 1024
     lr_heads: PositiveFloat = 1e-3
+    soft_labels: NonNegativeInt = 0
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    cache_quota_gb: Annotated[float, Field(ge=0)] = 8.0
+    tune: Literal["lora", "full", "qlora"] = "lora"
+    lora_rank: PositiveInt = 8
+    lora_alpha: PositiveInt = 16
+    lora_dropout: Share = 0.05
+    batch_sequences: PositiveInt = 8
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    sequences_at_once: PositiveInt = 1
+    lr_backbone: PositiveFloat = 5e-4
+    lr_ratio: PositiveFloat = 4.0
+    lambda0: PositiveFloat = 0.2
+    lambda0_schedule: Literal["constant", "sine"] = "constant"
     warmup_steps: NonNegativeInt = 40
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    divergence_ratio: Annotated[float, Field(gt=1)] | None = 3.0
     chunk_size: PositiveInt = 256
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_workers: PositiveInt = 1
@@ -134,6 +158,10 @@ class TrainSection(Section):
     log_every: PositiveInt = 5
     max_failures: NonNegativeInt = 2
     seed: NonNegativeInt = 0
+
+    @property
+    def num_lanes(self) -> int:
+        return self.shards or self.num_workers
 
 
 class CalibrateSection(Section):
@@ -200,6 +228,11 @@ class Layout:
     def training(self) -> Path:
         """Ray Train's storage: one folder per training run."""
         return self.root / "training"
+
+    @property
+    def hidden(self) -> Path:
+        """The backbone's hidden states that training keeps between epochs and runs; may be deleted at any time."""
+        return self.root / "hidden"
 
     @property
     def checkpoint(self) -> Path:

@@ -1,40 +1,41 @@
-"""Answers to training positions: label masks, splits, hidden states, and the order of batches. Knows tensors, no Ray.
+"""Answers to training rows: label masks, splits, packing, and the order of batches. Knows ids and tensors; no model, no Ray.
 
-    S tokens of a row, P positions, K heads, D hidden, L lanes
-Rows are cut into L lanes whatever the number of workers, and each step takes the same number of positions from each
-lane. So a run is one function of data and seed, on one worker or on several, fresh or resumed.
+    B packed rows, S tokens of a row, K heads, L lanes
+Rows are cut into L lanes whatever the number of workers, and each step takes as much from each lane. So a run is one
+function of data and seed, on one worker or on several, fresh or resumed.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from medusa.backbone import Backbone
-from medusa.losses import IGNORE, head_targets
+from medusa.losses import IGNORE, head_targets, next_tokens
 from pipelines.prompts import share_of
 from pipelines.records import Answer
 
-_TOKENS_AT_ONCE = 2048
+PADDING = -1  # the document that fills a row up
+BLOCK = 64  # packs among whose positions a batch is drawn; so many are in memory where hidden states are not kept
 
-
-@dataclass(frozen=True, kw_only=True)
-class Positions:
-    """What the heads learn from: `hidden` [P,D] and `targets` [P,K] (−100: none). Every position has head 1's target."""
-
-    hidden: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
+Pack = tuple[Answer, ...]
 
 
 def labels_of(row: Answer) -> list[int]:
     """[S] of a row: the token where the backbone wrote it (the end of sequence too), −100 on the prompt."""
     return [IGNORE] * len(row.prompt_ids) + row.response_ids
+
+
+def length_of(row: Answer) -> int:
+    return len(row.prompt_ids) + len(row.response_ids)
+
+
+def num_positions(row: Answer) -> int:
+    """Positions of a row at which the first head has a target: they predict two answer tokens."""
+    return max(0, min(len(row.response_ids) - 1, length_of(row) - 2))
 
 
 def split_rows(rows: Sequence[Answer], holdout_share: float) -> tuple[list[Answer], list[Answer]]:
@@ -55,56 +56,94 @@ def lane_rows(rows: Sequence[Answer], lane: int, num_lanes: int) -> list[Answer]
     return list(rows[lane::num_lanes])
 
 
-@torch.inference_mode()
-def positions_of(backbone: Backbone, rows: Sequence[Answer], num_heads: int) -> Positions:
-    """Hidden states and targets of every position at which some head has a target; each row's are computed once.
-
-    Rows of like length share a forward, padded on the right, which a causal model does not see.
-    """
-    hidden: list[Tensor] = []
-    targets: list[Tensor] = []
-    for batch in _batches(sorted(rows, key=lambda row: (len(row.prompt_ids) + len(row.response_ids), row.id))):
-        longest = max(len(row.prompt_ids) + len(row.response_ids) for row in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long, device=backbone.device)
-        labels = torch.full_like(ids, IGNORE)
-        for i, row in enumerate(batch):
-            tokens = row.prompt_ids + row.response_ids
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            labels[i, : len(tokens)] = torch.tensor(labels_of(row))
-        wanted = head_targets(labels, num_heads)
-        kept = wanted[..., 0] != IGNORE
-        hidden.append(backbone.hidden_states(ids)[kept])
-        targets.append(wanted[kept])
-    if not hidden:
-        empty = torch.empty(0, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
-        return Positions(hidden=empty, targets=torch.empty(0, num_heads, dtype=torch.long, device=backbone.device))
-    return Positions(hidden=torch.cat(hidden).clone(), targets=torch.cat(targets).clone())
-
-
-def batch_indices(num_positions: int, batch_size: int, step: int, *, seed: int) -> Tensor:
-    """Positions [batch_size] of one step of a lane: a fresh permutation for each epoch, cut into steps without remainder.
-
-    A pure function of its arguments, so a resumed run sees what the first would have seen.
-    """
-    wanted = range(step * batch_size, (step + 1) * batch_size)
-    first, last = wanted.start // num_positions, (wanted.stop - 1) // num_positions
-    order = torch.cat([_permutation(num_positions, epoch, seed) for epoch in range(first, last + 1)])
-    start = wanted.start - first * num_positions
-    return order[start : start + batch_size]
-
-
-def _permutation(size: int, epoch: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(size, generator=generator)
-
-
-def _batches(rows: Sequence[Answer]) -> list[list[Answer]]:
-    """Neighbours together while the padded batch stays within the token budget; a long row stands alone."""
-    batches: list[list[Answer]] = []
-    for row in rows:
-        length = len(row.prompt_ids) + len(row.response_ids)
-        if batches and length * (len(batches[-1]) + 1) <= _TOKENS_AT_ONCE:
-            batches[-1].append(row)
+def pack_rows(rows: Sequence[Answer], capacity: int) -> list[Pack]:
+    """Rows put together, `capacity` tokens at most in a pack, each where it leaves least room; a longer row stands alone."""
+    packs: list[list[Answer]] = []
+    room: list[tuple[int, int]] = []  # (tokens that still fit, pack), ascending
+    for row in sorted(rows, key=lambda row: (-length_of(row), row.id)):
+        place = bisect.bisect_left(room, (length_of(row), -1))
+        if place < len(room):
+            space, index = room.pop(place)
         else:
-            batches.append([row])
-    return batches
+            space, index = capacity, len(packs)
+            packs.append([])
+        packs[index].append(row)
+        if space > length_of(row):
+            bisect.insort(room, (space - length_of(row), index))
+    return [tuple(pack) for pack in packs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Packs as tensors: `ids`, `documents` and `own` [B,S], `targets` [B,S,K]; −100 where there is no label.
+
+    Labels never reach from one document into the next.
+    """
+
+    ids: Tensor
+    documents: Tensor
+    own: Tensor
+    targets: Tensor
+
+
+def collate(packs: Sequence[Pack], num_heads: int, device: torch.device | str = "cpu") -> Packed:
+    """Packs filled up on the right to the longest of them."""
+    longest = max(sum(map(length_of, pack)) for pack in packs)
+    shape = (len(packs), longest)
+    ids = torch.zeros(shape, dtype=torch.long)
+    documents = torch.full(shape, PADDING)
+    own = torch.full(shape, IGNORE)
+    targets = torch.full((*shape, num_heads), IGNORE)
+    for b, pack in enumerate(packs):
+        start = 0
+        for number, row in enumerate(pack):
+            here = slice(start, start := start + length_of(row))
+            labels = torch.tensor(labels_of(row), dtype=torch.long)
+            ids[b, here] = torch.tensor(row.prompt_ids + row.response_ids, dtype=torch.long)
+            documents[b, here] = number
+            own[b, here] = next_tokens(labels)
+            targets[b, here] = head_targets(labels, num_heads)
+    return Packed(ids=ids.to(device), documents=documents.to(device), own=own.to(device), targets=targets.to(device))
+
+
+@dataclass(kw_only=True)
+class Order:
+    """Which items of packs (`sizes` of them in each) a step takes: all once an epoch, in a fresh order each.
+
+    Packs are shuffled, then the items among each `BLOCK` packs that follow one another, so that a step needs few packs.
+    A pure function of sizes, seed and step: a resumed run sees what the first would have seen.
+    """
+
+    sizes: Sequence[int]
+    seed: int
+    _epochs: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.offsets = torch.tensor([0, *self.sizes]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """Items [batch_size] of step 0, 1, …; epochs are cut into steps without remainder."""
+        first, last = step * batch_size // len(self), ((step + 1) * batch_size - 1) // len(self)
+        order = torch.cat([self._epoch(epoch) for epoch in range(first, last + 1)])
+        start = step * batch_size - first * len(self)
+        return order[start : start + batch_size]
+
+    def pack_of(self, items: Tensor) -> Tensor:
+        return torch.searchsorted(self.offsets, items, right=True) - 1
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            for old in [known for known in self._epochs if known < epoch - 1]:
+                del self._epochs[old]
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            packs = torch.randperm(len(self.sizes), generator=generator)
+            blocks = [
+                torch.cat([torch.arange(int(self.offsets[p]), int(self.offsets[p + 1])) for p in block])
+                for block in packs.split(BLOCK)
+            ]
+            mixed = [block[torch.randperm(len(block), generator=generator)] for block in blocks]
+            self._epochs[epoch] = torch.cat(mixed)
+        return self._epochs[epoch]

@@ -1,4 +1,4 @@
-"""MEDUSA-1 on Ray Train with DeepSpeed: the driver. Knows workers, runs and folders; `train_loop` knows tensors.
+"""MEDUSA-1 and MEDUSA-2 on Ray Train with DeepSpeed: the driver. Knows workers, runs and folders; `train_loop` knows tensors.
 
 The run is named after what determines it (backbone, heads, data, settings). Started again with the same configuration
 it goes on from its last checkpoint, or returns at once what it had finished; with another, it is another run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,31 @@ from pipelines.cluster import ray_session
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.records import TRAIN, Answers, read_answers
-from pipelines.registry import folder_digest, open_registry, replace_folder
+from pipelines.registry import Registry, folder_digest, open_registry, replace_folder, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
+from pipelines.tracking import JOURNAL, Journal, git_revision, mlflow_sender, within_reach
+from pipelines.tuning import check_tuning
+
+logger = logging.getLogger(__name__)
 
 _SHAPES_THE_RUN = {
-    "init_from", "steps", "batch_positions", "lr_heads", "warmup_steps", "final_lr_share", "weight_decay", "max_grad_norm",
-    "loss_decay", "dtype", "num_workers", "shards", "zero_stage", "holdout_share", "seed",
+    "method", "init_from", "steps", "warmup_steps", "final_lr_share", "weight_decay", "max_grad_norm", "loss_decay", "dtype",
+    "num_workers", "shards", "zero_stage", "holdout_share", "seed", "sequence_length",
 }  # fmt: skip
+_SHAPES_MEDUSA1 = {"batch_positions", "lr_heads", "soft_labels", "soft_weight"}
+_SHAPES_MEDUSA2 = {
+    "tune", "lora_rank", "lora_alpha", "lora_dropout", "batch_sequences", "sequences_at_once", "lr_backbone", "lr_ratio",
+    "lambda0", "lambda0_schedule",
+}  # fmt: skip
+
+
+# What a worker's failure says somewhere → what it means. Whoever was killed could not explain it himself.
+_KNOWN_FAILURES = {
+    "No space left on device": "the disk is full; free some space",
+    "Disk quota exceeded": "the disk quota is used up; free some space",
+    "OutOfMemoryError": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
+    "low on memory": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +71,17 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
     answers = read_answers(config.layout.distilled, TRAIN)
     name = run_name(config, answers)
     with ray_session(config):
-        registry = open_registry(config)
-        run_id = registry.run_for(name, {"data": answers.fingerprint, **config.train.model_dump(mode="json")})
+        tracked = _track(config, name, answers)
+        run_id = tracked[1] if tracked else ""
         task = Assignment(
             config=config.model_dump_json(),
             run_id=run_id,
-            tracking_uri=registry.tracking_uri,
+            tracking_uri=tracking_uri(config),
             card=describe(config, answers) | {"Run": {"name": name, "mlflow": run_id}},
         )
 
         def seen() -> Step:
-            history = registry.history(run_id, "loss")
+            history = tracked[0].history(run_id, "loss") if tracked else []
             step, loss = history[-1] if history else (0, float("nan"))
             return Step(done=step, total=config.train.steps, note=f"steps, loss {loss:.3f}" if history else "steps")
 
@@ -71,12 +90,14 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
             if result is None:
                 with polled(seen, progress):
                     result = _fit(config, name, train_loop, task.as_dict())
+                _check_ended(result)
         except BaseException:
-            registry.end_run(run_id, failed=True)
+            _end(config, tracked, failed=True)
             raise
         with result.checkpoint.as_directory() as folder:
             replace_folder(Path(folder) / HEADS, config.layout.checkpoint)
-        registry.end_run(run_id)
+            _send_rest(Path(folder) / JOURNAL, config, tracked)
+        _end(config, tracked, failed=False)
     progress(Step(done=config.train.steps, total=config.train.steps, note="steps"))
     metrics = result.metrics
     num_heads = sum(key.startswith("top1_") for key in metrics) if metrics["held_out_positions"] else 0
@@ -93,27 +114,93 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
 def check(config: Config) -> None:
     """ConfigError for settings that contradict each other, before anything is started."""
     train = config.train
-    shards = train.shards or train.num_workers
-    if shards % train.num_workers:
-        raise ConfigError(f"train.shards {shards} must be a multiple of train.num_workers {train.num_workers}")
-    if train.batch_positions % shards:
-        raise ConfigError(f"train.batch_positions {train.batch_positions} must be a multiple of train.shards {shards}")
+    if train.num_lanes % train.num_workers:
+        raise ConfigError(f"train.shards {train.num_lanes} must be a multiple of train.num_workers {train.num_workers}")
+    batch = "batch_positions" if train.method == "medusa1" else "batch_sequences"
+    if getattr(train, batch) % train.num_lanes:
+        raise ConfigError(f"train.{batch} {getattr(train, batch)} must be a multiple of train.shards {train.num_lanes}")
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps {train.warmup_steps} must be less than train.steps {train.steps}")
-    if train.init_from not in ("default", "none") and not Path(train.init_from).is_dir():
-        raise ConfigError(f'train.init_from: no heads folder at {train.init_from}; give a folder, "default" or "none"')
+    if train.method == "medusa2" and train.soft_labels:
+        raise ConfigError("train.soft_labels is for MEDUSA-1: set it to 0, or train.method to medusa1")
+    if train.init_from not in ("default", "none"):
+        start = Path(train.init_from)
+        if not start.is_dir():
+            raise ConfigError(f'train.init_from: no heads folder at {start}; give a folder, "default" or "none"')
+        if start.resolve() == config.layout.checkpoint.resolve():
+            raise ConfigError(
+                f"train.init_from {start} is where this run puts its own heads; copy the folder, or use another workdir"
+            )
+    check_tuning(train)
 
 
 def run_name(config: Config, answers: Answers) -> str:
     """A name that two configurations share exactly when they describe the same run over the same data."""
-    settings: dict[str, Any] = config.train.model_dump(mode="json", include=_SHAPES_THE_RUN)
-    settings["shards"] = settings["shards"] or settings["num_workers"]
-    if config.train.init_from == "none":
+    train = config.train
+    shaping = _SHAPES_THE_RUN | (_SHAPES_MEDUSA1 if train.method == "medusa1" else _SHAPES_MEDUSA2)
+    settings: dict[str, Any] = train.model_dump(mode="json", include=shaping)
+    settings["shards"] = train.num_lanes
+    if train.init_from == "none":
         settings["heads"] = config.heads.model_dump(mode="json")
-    elif config.train.init_from != "default":
-        settings["init_from"] = folder_digest(Path(config.train.init_from))
+    elif train.init_from != "default":
+        settings["init_from"] = folder_digest(Path(train.init_from))
     described = json.dumps([config.backbone.name, answers.backbone, answers.fingerprint, settings], sort_keys=True)
     return f"heads-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
+
+
+def _track(config: Config, name: str, answers: Answers) -> tuple[Registry, str] | None:
+    """(registry, id of the run's one MLflow run); None, with a warning, where the server is out of reach."""
+    settings = {
+        "data": answers.fingerprint,
+        "backbone": config.backbone.name,
+        "backbone_fingerprint": answers.backbone,
+        "git_revision": git_revision(),
+        **{f"heads.{key}": value for key, value in config.heads.model_dump(mode="json").items()},
+        **config.train.model_dump(mode="json"),
+    }
+
+    def begin() -> tuple[Registry, str]:
+        registry = open_registry(config)
+        return registry, registry.run_for(name, settings)
+
+    return within_reach(begin, tracking_uri(config))
+
+
+def _send_rest(journal: Path, config: Config, tracked: tuple[Registry, str] | None) -> None:
+    """Metrics that a worker could not send: now, or with the same command another day."""
+    waiting = Journal.load(journal).waiting
+    if not waiting:
+        return
+
+    def send(registry: Registry, run_id: str) -> bool:
+        mlflow_sender(registry.tracking_uri, run_id)(waiting)
+        return True
+
+    if tracked and within_reach(lambda: send(*tracked), tracking_uri(config)):
+        journal.unlink()
+        logger.info("%d entries of metrics, kept while MLflow was away, are sent", len(waiting))
+    else:
+        logger.warning(
+            "%d entries of metrics wait in %s; the same command sends them when MLflow at %s is back",
+            len(waiting), journal, tracking_uri(config),
+        )  # fmt: skip
+
+
+def _end(config: Config, tracked: tuple[Registry, str] | None, *, failed: bool) -> None:
+    if tracked:
+        registry, run_id = tracked
+        within_reach(lambda: registry.end_run(run_id, failed=failed), tracking_uri(config))
+
+
+def _check_ended(result: Any) -> None:
+    """StageError where the run diverged: why it stopped, and where it was last well."""
+    why, checkpoint = result.return_value, result.checkpoint
+    if not why:
+        return
+    if checkpoint is None:
+        raise StageError(f"{why}; there is no earlier checkpoint")
+    step = (result.metrics or {}).get("step")
+    raise StageError(f"{why}; the last good checkpoint is that of step {step}: {checkpoint.path}")
 
 
 def _finished(config: Config, name: str) -> Any | None:
@@ -179,7 +266,11 @@ def _told(error: Exception) -> Exception:
                 if isinstance(told, MedusaError):
                     return StageError(str(told))
             cause = cause.__cause__
-    lines = [line.strip() for failure in failures or [error] for line in str(failure).splitlines() if line.strip()]
+    text = "\n".join(map(str, failures or [error]))
+    for sign, meaning in _KNOWN_FAILURES.items():
+        if sign in text:
+            return StageError(f"training failed: {meaning}; the same command goes on from the last checkpoint")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return StageError(
         f"training failed: {lines[-1] if lines else type(error).__name__} (the workers' logs are in Ray's session folder)"
     )

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import medusa
 from medusa.checkpoint import load_checkpoint
@@ -88,21 +86,6 @@ def _ids(folder: Path) -> Counter[str]:
     return Counter(row["id"] for row in scan(folder, ["id"]))
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(load_checkpoint(folder).heads.named_parameters())
-
-
-def _same_heads(first: Path, second: Path) -> None:
-    """Equal to bfloat16's last place, in which they are stored; and moved from where they began, which was zero."""
-    one, two = _weights(first), _weights(second)
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(
-            weight, two[name], rtol=2e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    assert max(float(weight.detach().abs().max()) for weight in one.values()) > 0.01
-
-
 def test_each_prompt_is_answered_exactly_once(configure: Configure, distilled: Path) -> None:
     assert _ids(distilled).total() == len(_ids(distilled)) == 15
     assert (len(read_answers(distilled, TRAIN).rows), len(read_answers(distilled, CALIBRATION).rows)) == (12, 3)
@@ -143,60 +126,12 @@ def test_training_lowers_the_loss_and_leaves_a_checkpoint_with_its_origin(
     assert card["Data"]["fingerprint"] == read_answers(configure().layout.distilled, TRAIN).fingerprint
 
 
-def test_two_workers_learn_what_one_worker_with_the_whole_batch_learns(
-    configure: Configure, trained: train.TrainResult, tmp_path: Path
-) -> None:
-    alone = _copy_answers(configure("train.num_workers=1", "train.zero_stage=0", workdir=tmp_path), configure())
-    result = train.run(alone)
-    assert result.run_name != trained.run_name
-    _same_heads(result.checkpoint, trained.checkpoint)
-    assert result.top5 == pytest.approx(trained.top5, abs=0.05)
-
-
 def test_a_finished_run_is_not_repeated(configure: Configure, trained: train.TrainResult) -> None:
     before = folder_digest(trained.checkpoint)
     again = train.run(configure("train.num_workers=2"))
     assert (again.run_id, again.steps) == (trained.run_id, STEPS)
     assert folder_digest(again.checkpoint) == before
     assert len(open_registry(configure()).history(trained.run_id, "loss")) == STEPS
-
-
-def fail_once_at_step_6(settings: dict[str, Any]) -> None:
-    """A worker that dies once, two steps after its checkpoint; `card` carries the marker's path."""
-    from pipelines import train_loop
-
-    marker = Path(settings["card"]["Marker"])
-    steps = train_loop._Worker.step
-
-    def step(self: train_loop._Worker, number: int, lanes: Any) -> float:
-        if number == 6 and not marker.exists():
-            marker.touch()
-            raise RuntimeError("the machine is gone")
-        return steps(self, number, lanes)
-
-    train_loop._Worker.step = step  # type: ignore[method-assign]
-    try:
-        train_loop.train_loop(settings)
-    finally:
-        train_loop._Worker.step = steps  # type: ignore[method-assign]
-
-
-def test_a_run_that_lost_its_worker_ends_as_if_it_had_not(
-    configure: Configure, trained: train.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipelines import train_loop
-
-    marker = tmp_path / "failed-once"
-    monkeypatch.setattr(train_loop, "describe", lambda *_: {"Marker": str(marker)})
-    monkeypatch.setattr(train_loop, "train_loop", fail_once_at_step_6)
-    config = _copy_answers(
-        configure("train.num_workers=1", "train.zero_stage=1", "train.max_failures=1", workdir=tmp_path), configure()
-    )
-    result = train.run(config)
-    assert marker.exists()
-    _same_heads(result.checkpoint, trained.checkpoint)
-    told = Counter(step for step, _ in open_registry(config).history(result.run_id, "loss"))
-    assert told == {step: 2 if step in (5, 6) else 1 for step in range(1, STEPS + 1)}
 
 
 def test_answers_of_another_backbone_are_refused_in_one_line(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import medusa
-from benchmarks import acceptance, bench, command
+from benchmarks import acceptance, bench, command, training
 from medusa.checkpoint import save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
@@ -87,3 +87,17 @@ def test_errors_take_one_line_and_exit_code_2(
         command.run_command(fail)
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.strip() == "error: tree [0] is too small"
+
+
+def test_the_loss_in_chunks_is_measured_beside_the_plain_one(tmp_path: Path) -> None:
+    """Enough logits that the plain formula's memory stands out: 256 x 3 x 20,000 floats are 59 MiB."""
+    training.main(
+        positions=[256], num_heads=3, hidden_size=8, vocab_size=20_000, chunk=16, threads=1, repeats=1, output=tmp_path
+    )
+    (record,) = tmp_path.glob("training-*.json")
+    figures = json.loads(record.read_text())["figures"]
+    naive, chunked = figures["naive 256"], figures["chunked 256"]
+    assert naive["loss"] == pytest.approx(chunked["loss"], rel=1e-4)
+    assert naive["peak_mib"] > 50
+    assert chunked["peak_mib"] < naive["peak_mib"] / 3
+    assert min(naive["positions_per_s"], chunked["positions_per_s"]) > 0

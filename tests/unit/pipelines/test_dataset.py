@@ -1,15 +1,22 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa.backbone import Backbone, load_backbone
-from medusa.losses import IGNORE
-from pipelines.dataset import batch_indices, labels_of, lane_rows, positions_of, split_rows
+from medusa.losses import IGNORE, head_targets
+from pipelines.dataset import (
+    BLOCK,
+    PADDING,
+    Order,
+    collate,
+    labels_of,
+    lane_rows,
+    length_of,
+    num_positions,
+    pack_rows,
+    split_rows,
+)
 from pipelines.records import Answer
 from tests.tiny_models import EOS_ID, PAD_ID
 
@@ -20,11 +27,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def backbone(tiny_folder: Path) -> Backbone:
-    return load_backbone(tiny_folder, dtype="float32")
-
-
 def test_labels_are_the_answers_tokens_and_the_end_of_sequence_alone() -> None:
     assert labels_of(ROWS[0]) == [IGNORE, IGNORE, IGNORE, 8, 9, 10, EOS_ID]
 
@@ -33,41 +35,68 @@ def test_padding_token_inside_an_answer_is_a_label() -> None:
     assert labels_of(ROWS[2])[4:] == [PAD_ID, 13, 14, 15, 16, 17]
 
 
-def test_positions_match_an_oracle_that_takes_one_row_and_one_position_at_a_time(backbone: Backbone) -> None:
-    num_heads = 3
-    expected: list[tuple[torch.Tensor, list[int]]] = []
-    for row in ROWS:
-        tokens = row.prompt_ids + row.response_ids
-        states = backbone.hidden_states(torch.tensor([tokens]))[0]
-        first = len(row.prompt_ids) - 1  # the last prompt token is the first that predicts one of the answer
-        for t in range(first, len(tokens)):
-            wanted = [tokens[t + k + 1] if t + k + 1 < len(tokens) else IGNORE for k in range(1, num_heads + 1)]
-            if wanted[0] != IGNORE:
-                expected.append((states[t], wanted))
-    found = positions_of(backbone, ROWS, num_heads)
-    assert len(found) == len(expected)
-    by_target = {tuple(targets): hidden for hidden, targets in expected}
-    for hidden, targets in zip(found.hidden, found.targets.tolist(), strict=True):
-        torch.testing.assert_close(hidden, by_target[tuple(targets)], rtol=1e-4, atol=1e-5)
+@given(lengths=st.lists(st.integers(2, 40), max_size=30), capacity=st.integers(8, 60))
+def test_packing_keeps_each_row_once_and_within_the_capacity(lengths: list[int], capacity: int) -> None:
+    rows = [
+        Answer(id=str(i), prompt_id=str(i), prompt_ids=[1], response_ids=[2] * (length - 1))
+        for i, length in enumerate(lengths)
+    ]
+    packs = pack_rows(rows, capacity)
+    assert sorted(row.id for pack in packs for row in pack) == sorted(row.id for row in rows)
+    for pack in packs:
+        assert sum(map(length_of, pack)) <= capacity or len(pack) == 1
+    assert packs == pack_rows(list(reversed(rows)), capacity), "a function of the rows, not of their order"
+    half_empty = [pack for pack in packs if sum(map(length_of, pack)) <= capacity // 2]
+    assert len(half_empty) <= 1
 
 
-def test_a_row_without_targets_gives_no_position(backbone: Backbone) -> None:
-    assert len(positions_of(backbone, [ROWS[1]], 2)) == 0
-    assert len(positions_of(backbone, [], 2)) == 0
+def test_labels_of_a_pack_are_those_of_its_rows_and_never_reach_into_the_next() -> None:
+    """Row b's prompt is shorter than the heads look ahead."""
+    batch = collate([(ROWS[0], ROWS[1], ROWS[2]), (ROWS[1],)], num_heads=3)
+    assert batch.ids.shape == (2, 19)
+    start = 0
+    for number, row in enumerate(ROWS):
+        here = slice(start, start := start + length_of(row))
+        alone = collate([(row,)], num_heads=3)
+        assert torch.equal(batch.ids[0, here], alone.ids[0])
+        assert torch.equal(batch.own[0, here], alone.own[0])
+        assert torch.equal(batch.targets[0, here], alone.targets[0])
+        assert batch.documents[0, here].eq(number).all()
+        labels = torch.tensor(labels_of(row))
+        assert alone.own[0].tolist() == [*labels[1:].tolist(), IGNORE]
+        assert torch.equal(alone.targets[0], head_targets(labels, 3))
+        assert int((alone.targets[0, :, 0] != IGNORE).sum()) == num_positions(row)
+    assert batch.documents[1].tolist() == [0] * 2 + [PADDING] * 17
+    assert batch.own[1, 2:].eq(IGNORE).all() and batch.targets[1, 1:].eq(IGNORE).all()
 
 
-@given(size=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 5))
-def test_each_position_comes_once_an_epoch(size: int, batch: int, seed: int) -> None:
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=200), batch=st.integers(1, 60), seed=st.integers(0, 5))
+def test_each_item_comes_once_an_epoch(sizes: list[int], batch: int, seed: int) -> None:
+    order = Order(sizes=sizes, seed=seed)
+    size = sum(sizes)
     steps = size  # so that the stream ends where an epoch ends
-    stream = torch.cat([batch_indices(size, batch, step, seed=seed) for step in range(steps)])
+    stream = torch.cat([order.batch(step, batch) for step in range(steps)])
     assert stream.shape == (size * batch,)
-    for epoch in stream.split(size):
+    epochs = stream.split(size)
+    for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(size))
+        packs = order.pack_of(epoch).tolist()
+        assert [packs.count(pack) for pack in range(len(sizes))] == sizes
+    if len(sizes) > 60 and len(epochs) > 1:
+        assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_step_needs_few_packs() -> None:
+    order = Order(sizes=[5] * 1000, seed=0)
+    assert all(len(order.pack_of(order.batch(step, 50)).unique()) <= 2 * BLOCK for step in range(100))
 
 
 def test_batches_depend_on_step_and_seed_alone() -> None:
-    assert batch_indices(50, 8, 11, seed=1).tolist() == batch_indices(50, 8, 11, seed=1).tolist()
-    assert batch_indices(50, 8, 11, seed=1).tolist() != batch_indices(50, 8, 11, seed=2).tolist()
+    order = Order(sizes=[10] * 5, seed=1)
+    assert Order(sizes=[10] * 5, seed=1).batch(11, 8).tolist() == order.batch(11, 8).tolist()
+    order.batch(40, 8)
+    assert Order(sizes=[10] * 5, seed=1).batch(2, 8).tolist() == order.batch(2, 8).tolist()
+    assert Order(sizes=[10] * 5, seed=2).batch(11, 8).tolist() != order.batch(11, 8).tolist()
 
 
 @given(num_rows=st.integers(0, 30), lanes=st.integers(1, 5))

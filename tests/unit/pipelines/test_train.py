@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from medusa.errors import CheckpointError
+from pipelines.config import TrainSection
+from pipelines.engine import _memory_told
+from pipelines.errors import StageError
+from pipelines.train import _told
+
+
+class WorkersFailed(Exception):
+    """As Ray Train tells of them: by rank."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("worker group failed")
+        self.worker_failures = {0: failure}
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (CheckpointError("heads of another backbone"), "^heads of another backbone$"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full.*goes on from the last checkpoint"),
+        (RuntimeError("Task was killed due to the node running low on memory"), "lower train.batch_positions"),
+        (RuntimeError("first line\nthe machine is gone"), "^training failed: the machine is gone"),
+    ],
+)
+def test_a_workers_failure_is_one_line_that_says_what_to_do(failure: Exception, said: str) -> None:
+    told = _told(WorkersFailed(failure))
+    assert isinstance(told, StageError) and "\n" not in str(told)
+    with pytest.raises(StageError, match=said):
+        raise told
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("medusa1", r"batch_positions \(1024\)"), ("medusa2", r"sequence_length \(1024\)")]
+)
+def test_a_step_that_does_not_fit_the_memory_says_what_to_lower(method: str, said: str) -> None:
+    train = TrainSection.model_validate({"method": method})
+    with pytest.raises(StageError, match=said), _memory_told(train):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), _memory_told(train):
+        torch.ones(2, 3) @ torch.ones(2, 3)
