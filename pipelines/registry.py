@@ -260,14 +260,21 @@ class Registry:
     def fetch(self, version: Version) -> Version:
         """The version with its folder on this machine: downloaded once, whole or not at all."""
         import mlflow.artifacts
+        from mlflow.exceptions import MlflowException
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         if not target.is_dir():
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
-                got = mlflow.artifacts.download_artifacts(
-                    artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
-                )
+                try:
+                    got = mlflow.artifacts.download_artifacts(
+                        artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
+                    )
+                except (MlflowException, OSError) as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise StageError(
+                        f"version {version.number} cannot be fetched from {version.source}: {reason}"
+                    ) from error
                 with contextlib.suppress(OSError):  # another process was first, and its copy is as good
                     os.replace(got, target)
         if not target.is_dir():
@@ -292,7 +299,9 @@ class Registry:
         try:
             known = [int(number) for number in json.loads(self._model_tags().get(_CHAMPIONS, "[]"))]
         except (ValueError, TypeError):
-            logger.warning("the tag %s of %s is not readable; the champions before are forgotten", _CHAMPIONS, self.model_name)
+            logger.warning(
+                "the tag %s of %s is not readable; the champions before are forgotten", _CHAMPIONS, self.model_name
+            )
             known = []
         while known and known[-1] != champion.number and champion.number in known:
             known.pop()
@@ -399,9 +408,14 @@ class _PlainTalk:
                 if error.error_code in _EXPECTED:
                     raise
                 if error.error_code != _BUSY or time.monotonic() - began > _PATIENCE_S:
-                    reason = " ".join(str(error).split())[:300]
-                    raise StageError(f"the registry at {self._uri} fails: {reason}") from error
+                    raise _failure(self._uri, error) from error
                 time.sleep(random.uniform(0.05, 0.3))
+            except OSError as error:  # what carries artifacts: files, requests
+                raise _failure(self._uri, error) from error
+
+
+def _failure(uri: str, error: Exception) -> StageError:
+    return StageError(f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}")
 
 
 def _version(item: Any) -> Version:
