@@ -142,7 +142,7 @@ class Registry:
     ) -> None:
         self.tracking_uri = tracking_uri
         self.model_name = model_name
-        self._client = _PlainTalk(_client(tracking_uri), tracking_uri)
+        self._client = _opened(tracking_uri)
         self._experiment_id = self._experiment(experiment, artifact_uri)
         self._cache = cache
         self._lock = RegistryLock(self._client, model_name, lease_s=lock_lease_s)
@@ -382,6 +382,17 @@ def _client(tracking_uri: str) -> Any:
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
+def _opened(uri: str) -> _PlainTalk:
+    """A client that talks plainly. StageError for a database that cannot be opened."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return _PlainTalk(_client(uri), uri)
+    except (MlflowException, OSError, SQLAlchemyError) as error:
+        raise _failure(uri, error) from error
+
+
 class _PlainTalk:
     """A client whose failures are retried where that helps, and told in one line where it does not."""
 
@@ -399,6 +410,7 @@ class _PlainTalk:
 
     def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         began = time.monotonic()
         while True:
@@ -410,7 +422,7 @@ class _PlainTalk:
                 if error.error_code != _BUSY or time.monotonic() - began > _PATIENCE_S:
                     raise _failure(self._uri, error) from error
                 time.sleep(random.uniform(0.05, 0.3))
-            except OSError as error:  # what carries artifacts: files, requests
+            except (OSError, SQLAlchemyError) as error:  # artifacts: files, requests; a database file that is none
                 raise _failure(self._uri, error) from error
 
 

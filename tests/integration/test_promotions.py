@@ -21,7 +21,7 @@ from pipelines.registry import CHAMPION, VERSION_FOLDER, Version, folder_digest,
 from pipelines.report import Evaluation, Figures
 from tests import postgres_mlflow
 
-AT_ONCE = 4
+AT_ONCE = 3
 ONE = Figures(
     num_answers=1,
     num_tokens=21,
@@ -91,7 +91,7 @@ def _promote_one(tracking: str, machine: Path, number: int, gate: Any, told: Any
     try:
         config = _config(tracking, machine, version=number, lock_timeout_s=60)
         open_registry(config)
-        gate.wait(timeout=120)
+        gate.wait(timeout=300)
         result = promote.run(config, measure=_equal)
         told.put((result.champion, result.previous, ""))
     except BaseException as error:
@@ -106,7 +106,8 @@ def test_promotions_at_once_all_count_and_come_back_in_order(tracking: str, tmp_
     first = promote.run(_config(tracking, tmp_path / "here", version=numbers[0]), measure=_equal)
     assert (first.champion, first.previous) == (numbers[0], None)
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, forks often
+    context.set_forkserver_preload([__name__, "mlflow"])
     gate, told = context.Barrier(AT_ONCE), context.Queue()
     workers = [
         context.Process(target=_promote_one, args=(tracking, tmp_path / f"machine-{n}", n, gate, told))
@@ -114,7 +115,7 @@ def test_promotions_at_once_all_count_and_come_back_in_order(tracking: str, tmp_
     ]
     for worker in workers:
         worker.start()
-    outcomes = [told.get(timeout=180) for _ in workers]
+    outcomes = [told.get(timeout=400) for _ in workers]
     for worker in workers:
         worker.join(timeout=30)
     assert [error for *_, error in outcomes if error] == []
