@@ -19,7 +19,7 @@ from pipelines.evaluate import ask, compare, depth_reached, differing, figures, 
 from pipelines.prompts import Prompt
 from pipelines.quality import compare_backbones, heldout_paragraphs
 from pipelines.timing import Trace
-from tests.tiny_models import save_tiny_folder
+from tests.tiny_models import make_tiny_backbone_model, save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
 
 PATHS = [(0,), (1,), (0, 0), (2,), (0, 1)]
@@ -131,7 +131,9 @@ def test_a_difference_is_found_where_it_begins_with_its_margin(model: medusa.Mod
     assert differing(model, [question], traces[:1], traces[:1]) == []
     (parted,) = differing(model, [question], traces[:1], traces[1:2])
     assert (parted.position, parted.plain_token, parted.tree_token) == (5, plain[5], wrong[5])
-    logits = model.backbone.model(torch.tensor([[*question.ids, *plain[:5]]]), use_cache=False).logits[0, -1]
+    with torch.inference_mode():
+        oracle = make_tiny_backbone_model("llama", seed=0)
+        logits = oracle(torch.tensor([[*question.ids, *plain[:5]]]), use_cache=False).logits[0, -1]
     best = logits.double().topk(2).values
     assert parted.margin == pytest.approx(float(best[0] - best[1]), rel=1e-3)
     assert int(logits.argmax()) == plain[5]
@@ -166,8 +168,11 @@ def test_an_untouched_backbone_keeps_its_quality_and_a_broken_one_does_not(model
     ids = torch.tensor([[*question, *answer]])
     with torch.inference_mode():
         ours, theirs = (
-            b.model(ids, use_cache=False).logits[0, len(question) - 1 : -1].double().log_softmax(-1)
-            for b in (other, model.backbone)
+            make_tiny_backbone_model("llama", seed=seed)(ids, use_cache=False)
+            .logits[0, len(question) - 1 : -1]
+            .double()
+            .log_softmax(-1)
+            for seed in (3, 0)
         )
     wanted = ids[0, len(question) :, None]
     assert broken.answers.tuned_perplexity == pytest.approx(math.exp(-ours.gather(1, wanted).mean()), rel=1e-4)
