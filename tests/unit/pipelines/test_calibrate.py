@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_every_size_is_the_best_tree_of_that_size() -> None:
     assert len(every) == 64
     for nodes in (1, 2, 7, 33, 64):
         assert every[nodes - 1] == pytest.approx(expected_tokens(ACCURACY, grow_paths(ACCURACY, nodes)))
-    gains = [later - earlier for earlier, later in zip(every, every[1:], strict=False)]
+    gains = [later - earlier for earlier, later in itertools.pairwise(every)]
     assert gains == sorted(gains, reverse=True)
 
 
