@@ -208,7 +208,46 @@ def _stage(name: str) -> Callable[..., None]:
 
 
 for _name in STAGES:
-    app.command(_name)(_stage(_name))
+    if _name != "promote":  # below, since it has a flag of its own
+        app.command(_name)(_stage(_name))
+
+
+@app.command(help=STAGES["promote"])
+def promote(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Make the previous champion champion again; again, and the one before.")
+    ] = False,
+) -> None:
+    flags = ["promote.rollback=true"] if rollback else []
+    _stage("promote")(overrides=[*(overrides or ()), *flags], config=config)
+
+
+registry_commands = typer.Typer(cls=OneLineErrors, help="Look at the registry of heads.", no_args_is_help=True)
+app.add_typer(registry_commands, name="registry")
+
+
+@registry_commands.command("list")
+def list_versions(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of a table.")] = False,
+) -> None:
+    """Every version with its aliases, figures and what the gate said, the newest first."""
+    from pipelines.config import load_config
+    from pipelines.listing import list_entries
+
+    _quiet()
+    entries = list_entries(load_config(config, overrides or ()))
+    if as_json:
+        print(json.dumps([entry.as_dict() for entry in entries], ensure_ascii=False, indent=1))
+        return
+    from rich.console import Console
+
+    from deploy.terminal import versions_table
+
+    Console(highlight=False).print(versions_table(entries) if entries else "no version is registered")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from medusa.engine import Stats
 from medusa.generate import Chunk, Generation
+from pipelines.listing import Entry
 from pipelines.stage import Step
 
 # Neighbouring steps differ; a run of one colour is what one step accepted.
@@ -47,6 +48,28 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     table.add_column(justify="right")
     for name, value in facts:
         table.add_row(name, value)
+    return table
+
+
+def versions_table(entries: Iterable[Entry]) -> Table:
+    """The registry's versions, as `pipelines.listing` tells of them."""
+    table = Table(title="Registered versions", title_justify="left")
+    for name in ("version", "aliases", "created", "nodes", "acceleration", "speedup", "identity", "perplexity", "gate"):
+        table.add_column(name, overflow="fold")
+    for entry in entries:
+        found = entry.evaluation
+        quality = found.quality if found else None
+        table.add_row(
+            str(entry.version),
+            ", ".join(entry.aliases),
+            entry.created,
+            str(found.num_nodes) if found else "–",
+            f"{found.acceleration_rate:.2f}" if found else "–",
+            f"{found.speedup:.2f}×" if found else "–",
+            f"{found.identity_checked - found.identity_differing}/{found.identity_checked}" if found else "–",
+            f"{max(quality.answers.rise, quality.text.rise):+.2%}" if quality else "–",
+            entry.verdict,
+        )
     return table
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,8 @@ from pipelines.records import CALIBRATION, Answers, read_answers
 from pipelines.stage import Progress, Step, ignore_progress, main
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medusa import Model
     from medusa.tree import Path as TreePath
 
@@ -89,16 +92,21 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     )
     folder = config.layout.calibration
     folder.mkdir(parents=True, exist_ok=True)
+    every_size = expected_by_size(hits.accuracy, paths)
     record = {
         "num_nodes": chosen,
         "device": device,
         "curve": [asdict(cost) for cost in curve],
         "accuracy": hits.accuracy.tolist(),
+        "positions": hits.counts.tolist(),  # for each head, since later heads have fewer targets
+        "paths": [list(path) for path in paths],  # the first n - 1 are the best tree of n nodes
+        "expected_tokens": every_size,  # of the best tree of 1, 2, … nodes
     }
+    draw_tree(folder / "tree.png", paths[: chosen - 1], hits.accuracy)
     (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return CalibrateResult(
         checkpoint=config.layout.checkpoint,
-        plot=draw(folder / "calibration.png", curve, chosen),
+        plot=draw(folder / "calibration.png", curve, chosen, every_size),
         curve=curve,
         num_nodes=chosen,
         num_positions=int(hits.counts[0]),
@@ -138,14 +146,70 @@ def measure_cost(
     return {nodes: median(seconds) for nodes, seconds in measured.items()}
 
 
-def draw(path: Path, curve: tuple[SizeCost, ...], chosen: int) -> Path:
-    """Expected tokens, step time and their quotient over the tree's size."""
+def expected_by_size(accuracy: Tensor, paths: Sequence[TreePath]) -> list[float]:
+    """Expected tokens a step of the best tree of 1, 2, … nodes: the nested trees, each one path longer."""
+    from medusa.tree_search import expected_tokens
+
+    expected = [1.0]
+    for path in paths:
+        expected.append(expected[-1] + expected_tokens(accuracy, [path]) - 1.0)
+    return expected
+
+
+def draw_tree(file: Path, paths: Sequence[TreePath], accuracy: Tensor) -> Path:
+    """The tree from the top down: a node bears its rank, an edge is as wide as its node is likely to be accepted."""
+    from matplotlib.figure import Figure
+
+    from medusa.tree import Tree
+    from medusa.tree_search import expected_tokens
+
+    tree = Tree.from_paths(paths)
+    children: dict[int, list[int]] = {node: [] for node in range(tree.num_nodes)}
+    for node in range(1, tree.num_nodes):
+        children[tree.parents[node]].append(node)
+    across: dict[int, float] = {}
+    num_leaves = 0
+    # Paths in lexicographic order visit leaves from left to right, and backwards children before parents.
+    for node in sorted(tree.leaves, key=lambda leaf: tree.paths[leaf]):
+        across[node] = num_leaves
+        num_leaves += 1
+    for node in sorted(children, key=lambda one: -tree.depths[one]):
+        if children[node]:
+            across[node] = sum(across[child] for child in children[node]) / len(children[node])
+    figure = Figure(figsize=(max(4.0, 0.32 * num_leaves), 1.2 + 1.1 * tree.depth), layout="constrained")
+    panel = figure.subplots()
+    for node in range(1, tree.num_nodes):
+        worth = expected_tokens(accuracy, [tree.paths[node]]) - 1.0
+        parent = tree.parents[node]
+        ends = [across[parent], across[node]], [-tree.depths[parent], -tree.depths[node]]
+        panel.plot(*ends, color="tab:blue", linewidth=0.5 + 7 * worth, alpha=0.6, zorder=1, solid_capstyle="round")
+    panel.scatter(
+        [across[n] for n in children],
+        [-tree.depths[n] for n in children],
+        s=130,
+        color="white",
+        edgecolors="black",
+        zorder=2,
+    )
+    for node, path in enumerate(tree.paths):
+        label = str(path[-1] + 1) if path else "·"
+        panel.text(across[node], -tree.depths[node], label, ha="center", va="center", fontsize=7, zorder=3)
+    panel.set_yticks([-d for d in range(1, tree.depth + 1)], [f"head {d}" for d in range(1, tree.depth + 1)])
+    panel.set_xticks([])
+    panel.set_title(f"{tree.num_nodes} nodes; rank of each guess, width: probability of acceptance")
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def draw(path: Path, curve: tuple[SizeCost, ...], chosen: int, expected: Sequence[float]) -> Path:
+    """Expected tokens (of every size), step time and their quotient (of the measured ones) over the tree's size."""
     from matplotlib.figure import Figure
 
     nodes = [cost.nodes for cost in curve]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    panels[0].plot(nodes, [cost.expected_tokens for cost in curve], marker="o")
+    panels[0].plot(range(1, len(expected) + 1), expected)
+    panels[0].plot(nodes, [cost.expected_tokens for cost in curve], linestyle="", marker="o", color="C0")
     panels[0].set_title("expected tokens a step")
     panels[1].plot(nodes, [1000 * cost.step_s for cost in curve], marker="o")
     panels[1].set_title("step time, ms")

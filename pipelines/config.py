@@ -174,33 +174,71 @@ class CalibrateSection(Section):
     rounds: PositiveInt = 3
 
 
+def _scheme(text: str) -> str:
+    """A decoding scheme in words: "greedy", or "typical@0.7" and "rejection@1": acceptance at a temperature above 0."""
+    name, _, temperature = text.partition("@")
+    if text == "greedy":
+        return text
+    try:
+        good = name in ("typical", "rejection") and 0 < float(temperature) < float("inf")
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError('must be "greedy", "typical@T" or "rejection@T" with a temperature T above 0')
+    return text
+
+
+SchemeName = Annotated[str, AfterValidator(_scheme)]
+
+
 class EvaluateSection(Section):
-    """What is measured on: prompts never trained or calibrated on. `identity_prompts` are decoded again in float32."""
+    """What is measured on: prompts never trained or calibrated on, up to `max_turns` of each, fed in order.
+
+    Greedy decoding with the checkpoint's own tree is always measured; `schemes` and sizes of trees (`nodes`) are
+    measured beside it, each with each. `identity_prompts` prompts are decoded again in float32. `text` is a file of
+    human-written text, a paragraph a line, for the quality guard of a tuned backbone; null is the built-in one.
+    """
 
     path: AbsolutePath | None = None
     num_prompts: PositiveInt = 12
+    max_turns: PositiveInt = 2
     max_tokens: PositiveInt = 128
     rounds: PositiveInt = 1
+    schemes: tuple[SchemeName, ...] = ("greedy",)
+    nodes: tuple[PositiveInt, ...] = ()
     identity_prompts: PositiveInt = 4
+    text: AbsolutePath | None = None
 
 
 class RegistrySection(Section):
-    """Where runs and versions live. Null URIs mean SQLite and a folder inside the working directory."""
+    """Where runs and versions live. Null URIs mean SQLite and a folder inside the working directory.
+
+    `lock_lease_s`: how long one may take over moving an alias, before others may think it dead and go on.
+    """
 
     tracking_uri: str | None = None
     artifact_uri: str | None = None
     experiment: str = "medusa"
-    model_name: str = "medusa-heads"
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "medusa-heads"
+    lock_lease_s: PositiveFloat = 20.0
 
 
 class PromoteSection(Section):
-    """The gate: a challenger may fall below the champion by these relative margins, no more. Speed is noisier."""
+    """The gate: a challenger may fall below the champion by these relative margins, no more. Speed is noisier.
 
+    Both are measured as `evaluate` says, side by side. `perplexity_margin` bounds what a tuned backbone may lose against
+    the original. `version` null promotes the challenger. `lock_timeout_s` should exceed `registry.lock_lease_s`: only
+    then is the lock of a process that died ever taken over. `rollback` restores the previous champion instead.
+    """
+
+    version: PositiveInt | None = None
     acceleration_margin: Share = 0.02
     speedup_margin: Share = 0.10
+    perplexity_margin: Share = 0.01
     min_acceleration: PositiveFloat = 1.0
     lock_timeout_s: PositiveFloat = 60.0
     force: bool = False
+    rollback: bool = False
 
 
 class ServeSection(Section):

@@ -1,17 +1,34 @@
-"""The gate: challenger to champion, and back. Knows figures and aliases; loads no model, measures nothing."""
+"""The gate: challenger to champion, and back. Knows figures and aliases; loads no model itself, `evaluate` measures.
+
+Measuring takes minutes and holds no lock. What was measured counts only for the pair that was measured: under the
+registry's lock, the aliases are read again, and a champion that changed meanwhile is measured against anew.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
+from medusa.errors import CheckpointError
+from pipelines import evaluate
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
-from pipelines.register import TAG_EVALUATION
+from pipelines.evaluate import Comparison
+from pipelines.register import TAG_BACKBONE, TAG_DIGEST, TAG_EVALUATION
 from pipelines.registry import CHALLENGER, CHAMPION, Registry, Version, open_registry
 from pipelines.report import Evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 
-TAG_PREVIOUS = "medusa.previous_champion"
+logger = logging.getLogger(__name__)
+
+TAG_PREVIOUS, TAG_GATE, TAG_ROLLED_BACK = "medusa.previous_champion", "medusa.gate", "medusa.rolled_back"
+MAX_ROUNDS = 5
+
+# (challenger, champion) → both measured side by side
+Measure = Callable[[Version, Version], Comparison]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,84 +38,201 @@ class PromoteResult:
     champion: int
     previous: int | None
     overruled: tuple[str, ...] = ()
+    comparison: Comparison | None = None
 
     @property
     def summary(self) -> str:
         if self.previous == self.champion:
             return f"version {self.champion} is champion already"
+        measured = f"; {_told(self.comparison)}" if self.comparison else ""
         forced = f" (forced against: {'; '.join(self.overruled)})" if self.overruled else ""
-        return f"version {self.champion} is champion, {f'version {self.previous}' if self.previous else 'none'} was{forced}"
+        was = f"version {self.previous}" if self.previous else "none"
+        return f"version {self.champion} is champion, {was} was{measured}{forced}"
 
 
-def run(config: Config, progress: Progress = ignore_progress) -> PromoteResult:
-    """Promote the challenger. Raises PromotionRefused with the gate's reasons, StageError where there is no challenger."""
+def run(config: Config, progress: Progress = ignore_progress, *, measure: Measure | None = None) -> PromoteResult:
+    """Promote the challenger (or `promote.version`), or roll back where `promote.rollback` says so.
+
+    Challenger and champion are fetched and measured side by side, now, on this machine. Without a champion there is
+    nothing to measure beside, and the challenger's stored evaluation, made of these very bytes, is enough. Raises
+    PromotionRefused with the gate's reasons, StageError where there is no challenger or the champion never rests.
+    """
+    if config.promote.rollback:
+        return rollback(config)
     registry = open_registry(config)
-    with registry.lock(config.promote.lock_timeout_s):
-        challenger, champion = registry.aliased(CHALLENGER), registry.aliased(CHAMPION)
-        if challenger is None:
-            raise StageError(f"no version of {registry.model_name} is {CHALLENGER}; run `register` first")
+    measure = measure or _side_by_side(config, registry, progress)
+    for _ in range(MAX_ROUNDS):
+        challenger, champion = _pair(registry, config)
         if champion is not None and champion.number == challenger.number:
             return PromoteResult(champion=champion.number, previous=champion.number)
-        reasons = judge(_evaluation(challenger), _evaluation(champion) if champion else None, config.promote)
+        reasons, comparison = _gate(challenger, champion, config.promote, measure)
         if reasons and not config.promote.force:
+            registry.tag(challenger.number, {TAG_GATE: _record(champion, reasons, comparison, passed=False)})
             raise PromotionRefused(challenger.number, reasons)
-        _crown(registry, challenger, champion)
-    progress(Step(done=1, total=1, note=f"version {challenger.number}"))
-    return PromoteResult(champion=challenger.number, previous=champion.number if champion else None, overruled=reasons)
+        with registry.lock(config.promote.lock_timeout_s) as lease:
+            now = registry.aliased(CHAMPION)
+            if (now and now.number) != (champion and champion.number):
+                logger.warning("the champion changed while it was measured; measuring against the new one")
+                continue
+            record = _record(champion, reasons, comparison, passed=True)
+            previous = {TAG_PREVIOUS: str(champion.number)} if champion else {}
+            registry.tag(challenger.number, {TAG_GATE: record, TAG_ROLLED_BACK: "", **previous})
+            registry.crown([*registry.champions(), challenger.number], lease)
+        progress(Step(done=1, total=1, note=f"version {challenger.number}"))
+        return PromoteResult(
+            champion=challenger.number,
+            previous=champion.number if champion else None,
+            overruled=reasons,
+            comparison=comparison,
+        )
+    raise StageError(f"the champion changed {MAX_ROUNDS} times while it was being measured; promote again later")
 
 
 def rollback(config: Config) -> PromoteResult:
-    """Make the champion's predecessor champion again. Raises StageError where there is none."""
+    """Make the champion's predecessor champion again; again, and its predecessor is. Raises StageError where there is none.
+
+    The version that is left is marked: the gate does not take it again unless forced. A version that went the same way
+    before is passed over.
+    """
     registry = open_registry(config)
-    with registry.lock(config.promote.lock_timeout_s):
-        champion = registry.aliased(CHAMPION)
-        if champion is None or TAG_PREVIOUS not in champion.tags:
+    with registry.lock(config.promote.lock_timeout_s) as lease:
+        *earlier, champion = registry.champions() or [0]
+        while earlier and earlier[-1] == champion:
+            earlier.pop()
+        if not earlier:
             raise StageError(f"{registry.model_name} has no earlier champion to go back to")
-        previous = int(champion.tags[TAG_PREVIOUS])
-        registry.set_alias(CHAMPION, previous)
-    return PromoteResult(champion=previous, previous=champion.number)
+        registry.tag(champion, {TAG_ROLLED_BACK: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+        registry.crown(earlier, lease)
+    return PromoteResult(champion=earlier[-1], previous=champion)
 
 
-def judge(challenger: Evaluation | None, champion: Evaluation | None, gate: PromoteSection) -> tuple[str, ...]:
+def judge(
+    challenger: Evaluation | None, compared: Comparison | None, gate: PromoteSection, *, rolled_back: str | None = None
+) -> tuple[str, ...]:
     """Why the challenger must not be promoted; empty when it may. Pure.
 
-    Identity with plain decoding must have been checked and have held. Then acceleration rate and speedup must reach the
-    champion's, less the gate's margins, measured on the same prompts.
+    The guard first: identity with plain decoding must have been checked in float32 and have held; a tuned backbone must
+    also have kept its perplexity. Then, where there is a champion, acceleration rate and speedup must reach the
+    champion's as both were just measured, less the gate's margins.
     """
     if challenger is None:
         return ("it was never evaluated",)
     reasons = []
+    if rolled_back:
+        reasons.append(f"it was champion and rolled back on {rolled_back}")
     if challenger.identity_checked == 0:
         reasons.append("its identity with plain decoding was not checked (evaluate.identity_prompts is 0)")
     if challenger.identity_differing:
         reasons.append(
             f"{challenger.identity_differing} of {challenger.identity_checked} float32 answers differ from plain decoding"
         )
-    if (rate := challenger.acceleration_rate) < gate.min_acceleration:
+    if compared is not None and compared.dtype in ("float32", "float64") and compared.num_differing:
+        reasons.append(f"{compared.num_differing} {compared.dtype} answers differed from plain decoding just now")
+    reasons += _quality_reasons(challenger, gate)
+    rate = compared.challenger.acceleration_rate if compared else challenger.acceleration_rate
+    if not rate >= gate.min_acceleration:
         reasons.append(f"acceleration rate {rate:.2f} is below promote.min_acceleration {gate.min_acceleration:g}")
-    if champion is None:
+    if compared is None:
         return tuple(reasons)
-    if challenger.prompts_digest != champion.prompts_digest:
-        return (*reasons, "it was evaluated on other prompts than the champion; evaluate both alike")
     for name, margin in (("acceleration_rate", gate.acceleration_margin), ("speedup", gate.speedup_margin)):
-        ours, theirs = getattr(challenger, name), getattr(champion, name)
-        if ours < theirs * (1 - margin):
+        ours, theirs = getattr(compared.challenger, name), getattr(compared.champion, name)
+        if not ours >= theirs * (1 - margin):
             reasons.append(
                 f"{name.replace('_', ' ')} {ours:.2f} is more than {margin:.0%} below the champion's {theirs:.2f}"
             )
     return tuple(reasons)
 
 
-def _evaluation(version: Version) -> Evaluation | None:
+def _quality_reasons(challenger: Evaluation, gate: PromoteSection) -> list[str]:
+    if not challenger.tuned:
+        return []
+    if challenger.quality is None:
+        return ["it tunes the backbone but the quality guard was not measured; evaluate it again"]
+    kinds = (("the original's answers", challenger.quality.answers), ("human text", challenger.quality.text))
+    return [
+        f"its backbone's perplexity on {name} rose by {found.rise:.2%}, more than promote.perplexity_margin "
+        f"{gate.perplexity_margin:.2%}"
+        for name, found in kinds
+        if not found.rise <= gate.perplexity_margin
+    ]
+
+
+def stored_evaluation(version: Version) -> Evaluation | None:
+    """The evaluation that the version was registered with; None where it has none that this release can read."""
     text = version.tags.get(TAG_EVALUATION)
-    return Evaluation.from_json(text) if text else None
+    if not text:
+        return None
+    try:
+        return Evaluation.from_json(text)
+    except (ValueError, TypeError, KeyError):
+        logger.warning("version %d bears an evaluation that is not of this release", version.number)
+        return None
 
 
-def _crown(registry: Registry, challenger: Version, champion: Version | None) -> None:
-    """The way back is written before the alias moves, so that it is never lost."""
-    if champion is not None:
-        registry.tag(challenger.number, {TAG_PREVIOUS: str(champion.number)})
-    registry.set_alias(CHAMPION, challenger.number)
+def _pair(registry: Registry, config: Config) -> tuple[Version, Version | None]:
+    """(the version to promote, the champion), as the registry has them now."""
+    if config.promote.version is not None:
+        return registry.version(config.promote.version), registry.aliased(CHAMPION)
+    challenger = registry.aliased(CHALLENGER)
+    if challenger is None:
+        raise StageError(f"no version of {registry.model_name} is {CHALLENGER}; run `register` first")
+    return challenger, registry.aliased(CHAMPION)
+
+
+def _gate(
+    challenger: Version, champion: Version | None, gate: PromoteSection, measure: Measure
+) -> tuple[tuple[str, ...], Comparison | None]:
+    """The reasons against, and what was measured. What the stored evaluation already forbids is not measured."""
+    evaluation = stored_evaluation(challenger)
+    rolled_back = challenger.tags.get(TAG_ROLLED_BACK)
+    reasons = judge(evaluation, None, gate, rolled_back=rolled_back)
+    if (
+        evaluation is not None
+        and challenger.tags.get(TAG_DIGEST, evaluation.checkpoint_digest) != evaluation.checkpoint_digest
+    ):
+        reasons = (*reasons, "its evaluation is of another checkpoint; register it again")
+    if champion is None or reasons:
+        return reasons, None
+    ours, theirs = challenger.tags.get(TAG_BACKBONE), champion.tags.get(TAG_BACKBONE)
+    if ours != theirs:
+        return (f"it is for backbone {ours}, the champion for {theirs}: there is nothing to compare",), None
+    try:
+        compared = measure(challenger, champion)
+    except (CheckpointError, StageError) as error:
+        return (f"it cannot be measured beside version {champion.number}: {error}",), None
+    return judge(evaluation, compared, gate, rolled_back=rolled_back), compared
+
+
+def _side_by_side(config: Config, registry: Registry, progress: Progress) -> Measure:
+    def measure(challenger: Version, champion: Version) -> Comparison:
+        ours, theirs = registry.fetch(challenger), registry.fetch(champion)
+        assert ours.folder is not None
+        assert theirs.folder is not None
+        return evaluate.compare(config, challenger=ours.folder, champion=theirs.folder, progress=progress)
+
+    return measure
+
+
+def _record(champion: Version | None, reasons: tuple[str, ...], comparison: Comparison | None, *, passed: bool) -> str:
+    """What the gate said, for the version's tag."""
+    return json.dumps(
+        {
+            "passed": passed,
+            "forced": passed and bool(reasons),
+            "reasons": list(reasons),
+            "champion": champion.number if champion else None,
+            "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "comparison": asdict(comparison) if comparison else None,
+        }
+    )
+
+
+def _told(comparison: Comparison) -> str:
+    ours, theirs = comparison.challenger, comparison.champion
+    return (
+        f"side by side, speedup {ours.speedup:.2f}x beside {theirs.speedup:.2f}x, "
+        f"acceleration rate {ours.acceleration_rate:.2f} beside {theirs.acceleration_rate:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def prompt_parts(config: PromptsSection) -> Parts:
 
 
 def evaluation_prompts(config: EvaluateSection) -> tuple[Prompt, ...]:
-    """The first turns that evaluation decodes. Raises ConfigError, PromptError."""
+    """The turns that evaluation decodes. Raises ConfigError, PromptError."""
     prompts = builtin_prompts("evaluation") if config.path is None else read_prompts(config.path)
-    return _cut(prompts[: config.num_prompts], 1)
+    return _cut(prompts[: config.num_prompts], config.max_turns)
 
 
 def builtin_prompts(part: str) -> list[Prompt]:
@@ -117,7 +117,7 @@ def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
         raise ValueError("no user turn in it")
     if not all(turns):
         raise ValueError("an empty user turn")
-    prompt = Prompt(id="", source=str(row.get("source") or source), turns=turns, system=system)
+    prompt = Prompt(id="", source=str(row.get("source") or row.get("category") or source), turns=turns, system=system)
     given = next((row[key] for key in ("id", "question_id", "conversation_id") if row.get(key) is not None), None)
     return replace(prompt, id=str(given) if given is not None else _digest(prompt))
 

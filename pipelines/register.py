@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from medusa.checkpoint import load_checkpoint
 from pipelines.config import Config, dump_config
 from pipelines.errors import StageError
-from pipelines.registry import CHALLENGER, VERSION_FOLDER, Registry, folder_digest, open_registry
-from pipelines.report import Evaluation, read_evaluation
+from pipelines.registry import CHALLENGER, VERSION_FOLDER, folder_digest, open_registry
+from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 
 TAG_DIGEST, TAG_EVALUATION, TAG_BACKBONE = "medusa.digest", "medusa.evaluation", "medusa.backbone"
@@ -47,43 +47,28 @@ def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
     registry = open_registry(config)
     known = next((version for version in registry.versions() if version.tags.get(TAG_DIGEST) == digest), None)
     if known is not None:
-        registry.tag(known.number, {TAG_EVALUATION: evaluation.to_json()})
         version = known
+        registry.tag(known.number, {TAG_EVALUATION: evaluation.to_json()})
     else:
-        run_id = _run_id(registry, checkpoint.card, digest)
+        run_id = registry.run_of(checkpoint.card, digest)
         source = registry.log_folder(run_id, folder, f"{VERSION_FOLDER}-{digest}")
-        for extra in (config.layout.evaluation, config.layout.calibration):
-            if extra.is_dir():
-                registry.log_folder(run_id, extra, f"{extra.name}-{digest}")
+        if config.layout.calibration.is_dir():
+            registry.log_folder(run_id, config.layout.calibration, f"{config.layout.calibration.name}-{digest}")
         registry.log_text(run_id, dump_config(config), f"config-{digest}.yaml")
-        registry.log_metrics(run_id, _numbers(evaluation))
         tags = {
             TAG_DIGEST: digest,
             TAG_EVALUATION: evaluation.to_json(),
             TAG_BACKBONE: f"{checkpoint.backbone_name} {checkpoint.backbone_fingerprint}",
         }
         version = registry.add_version(run_id, source, tags)
-    with registry.lock(config.promote.lock_timeout_s):
+    log_report(registry, version.run_id, config.layout.evaluation, evaluation)
+    with registry.lock(config.promote.lock_timeout_s) as lease:
+        lease.check()
         registry.set_alias(CHALLENGER, version.number)
     progress(Step(done=1, total=1, note=f"version {version.number}"))
     return RegisterResult(
         version=version.number, model_name=config.registry.model_name, run_id=version.run_id, created=known is None
     )
-
-
-def _run_id(registry: Registry, card: dict[str, dict[str, str]], digest: str) -> str:
-    """The training run that the card names, if this registry has it; else a run of the checkpoint's own."""
-    named = card.get("Run", {}).get("mlflow")
-    if named and registry.has_run(named):
-        return named
-    run_id = registry.run_for(f"checkpoint-{digest}", {})
-    registry.end_run(run_id)
-    return run_id
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, float]:
-    fields = {name: float(value) for name, value in asdict(evaluation).items() if isinstance(value, (int, float))}
-    return fields | {"overhead": evaluation.overhead, "speedup": evaluation.speedup}
 
 
 if __name__ == "__main__":

@@ -2,41 +2,55 @@
 
 A version is a folder of artifacts (heads, tree, card, report) with tags. Two aliases move: `challenger`, the newest,
 and `champion`, what is served. MLflow's aliases are last-write-wins, so whoever moves one holds `Registry.lock`.
+The champions that were, in order, stand in a tag of the registered model: what a rollback goes back along.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from pipelines.config import Config
 from pipelines.errors import NoSuchAlias, StageError
+from pipelines.registry_lock import Lease, RegistryLock
 
 logger = logging.getLogger(__name__)
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 VERSION_FOLDER = "checkpoint"  # where a run's artifacts hold the version
-_KEY = "medusa.key"
+_KEY, _CHAMPIONS = "medusa.key", "medusa.champions"
+_REMEMBERED = 200  # champions
+
+# Told apart by callers. All else that MLflow says no to is one line for the user.
+_EXPECTED = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_BUSY = "TEMPORARILY_UNAVAILABLE"  # a database that rolled back: SQLite under another writer
+_PATIENCE_S = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """A registered version and, once fetched, its folder on this machine."""
+    """A registered version and, once fetched, its folder on this machine. `aliases` where it was listed."""
 
     number: int
     source: str
     run_id: str
+    created: str = ""
     tags: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
     folder: Path | None = None
 
 
@@ -60,18 +74,43 @@ def tracking_uri(config: Config) -> str:
 
 
 def open_registry(config: Config) -> Registry:
-    """The registry of a configuration; its SQLite file is made on first use."""
+    """The registry of a configuration; its SQLite file is made on first use.
+
+    StageError, after a few seconds of trying, where no server answers.
+    """
     config.layout.root.mkdir(parents=True, exist_ok=True)
-    artifacts = config.registry.artifact_uri
-    local = config.registry.tracking_uri is None or tracking_uri(config).startswith("sqlite:")
-    return Registry(
-        tracking_uri=tracking_uri(config),
-        artifact_uri=artifacts or (config.layout.artifacts.as_uri() if local else None),
-        experiment=config.registry.experiment,
-        model_name=config.registry.model_name,
-        cache=config.layout.versions,
-        lock_file=config.layout.root / ".registry.lock",
-    )
+    uri, artifacts = tracking_uri(config), config.registry.artifact_uri
+    local = uri.startswith("sqlite:")
+    if uri.startswith(("http://", "https://")):
+        await_server(uri, patience_s=_PATIENCE_S)
+    # MLflow sets a new SQLite database up without a lock of its own; two at once would spoil it.
+    with FileLock(config.layout.root / ".registry.lock") if local else contextlib.nullcontext():
+        return Registry(
+            tracking_uri=uri,
+            artifact_uri=artifacts or (config.layout.artifacts.as_uri() if local else None),
+            experiment=config.registry.experiment,
+            model_name=config.registry.model_name,
+            cache=config.layout.versions,
+            lock_lease_s=config.registry.lock_lease_s,
+        )
+
+
+def await_server(uri: str, *, patience_s: float) -> None:
+    """Return as soon as anything answers HTTP at `uri`; StageError where nothing has within `patience_s`."""
+    import requests
+
+    began = time.monotonic()
+    while True:
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=3)
+        except requests.RequestException as error:
+            if time.monotonic() - began > patience_s:
+                raise StageError(
+                    f"no MLflow server answers at {uri} ({type(error).__name__}); start it, or set registry.tracking_uri"
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
 
 
 def resolve(config: Config, alias: str | None = None) -> Version:
@@ -99,14 +138,14 @@ class Registry:
         experiment: str,
         model_name: str,
         cache: Path,
-        lock_file: Path,
+        lock_lease_s: float = 20.0,
     ) -> None:
         self.tracking_uri = tracking_uri
         self.model_name = model_name
-        self._client = _client(tracking_uri)
+        self._client = _opened(tracking_uri)
         self._experiment_id = self._experiment(experiment, artifact_uri)
         self._cache = cache
-        self._lock_file = lock_file
+        self._lock = RegistryLock(self._client, model_name, lease_s=lock_lease_s)
 
     # Runs
 
@@ -132,6 +171,15 @@ class Registry:
         except MlflowException:
             return False
         return True
+
+    def run_of(self, card: Mapping[str, Any], digest: str) -> str:
+        """The training run that a checkpoint's card names, if this registry has it; else a run of the checkpoint's own."""
+        named = card.get("Run", {}).get("mlflow")
+        if named and self.has_run(named):
+            return str(named)
+        run_id = self.run_for(f"checkpoint-{digest}", {})
+        self.end_run(run_id)
+        return run_id
 
     def log_metrics(self, run_id: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -164,9 +212,26 @@ class Registry:
         return _version(made)
 
     def versions(self) -> list[Version]:
-        """All versions, the oldest first."""
-        found = self._client.search_model_versions(f"name = '{self.model_name}'")
-        return sorted((_version(item) for item in found), key=lambda version: version.number)
+        """All versions with their aliases, the oldest first."""
+        found, token = [], None
+        while True:
+            page = self._client.search_model_versions(f"name = '{self.model_name}'", page_token=token)
+            found += [_version(item) for item in page]
+            token = page.token
+            if not token:
+                break
+        bearers = self._aliases()
+        named = [replace(v, aliases=tuple(sorted(a for a, n in bearers.items() if n == v.number))) for v in found]
+        return sorted(named, key=lambda version: version.number)
+
+    def version(self, number: int) -> Version:
+        """One version by its number. StageError where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return _version(self._client.get_model_version(self.model_name, str(number)))
+        except MlflowException:
+            raise StageError(f"{self.model_name} has no version {number}; see `medusa registry list`") from None
 
     def aliased(self, alias: str) -> Version | None:
         """The version that bears an alias, if any; a cheap question, fit for polling."""
@@ -195,30 +260,81 @@ class Registry:
     def fetch(self, version: Version) -> Version:
         """The version with its folder on this machine: downloaded once, whole or not at all."""
         import mlflow.artifacts
+        from mlflow.exceptions import MlflowException
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         if not target.is_dir():
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
-                got = mlflow.artifacts.download_artifacts(
-                    artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
-                )
+                try:
+                    got = mlflow.artifacts.download_artifacts(
+                        artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
+                    )
+                except (MlflowException, OSError) as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise StageError(
+                        f"version {version.number} cannot be fetched from {version.source}: {reason}"
+                    ) from error
                 with contextlib.suppress(OSError):  # another process was first, and its copy is as good
                     os.replace(got, target)
         if not target.is_dir():
             raise StageError(f"version {version.number} could not be fetched from {version.source} to {target}")
-        return Version(
-            number=version.number, source=version.source, run_id=version.run_id, tags=version.tags, folder=target
-        )
+        return replace(version, folder=target)
 
-    @contextlib.contextmanager
-    def lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold while aliases move. One lock per working directory, beside the database."""
+    def lock(self, timeout_s: float) -> contextlib.AbstractContextManager[Lease]:
+        """Hold while aliases move: one writer in the whole registry, across processes and machines."""
+        return self._lock.hold(timeout_s)
+
+    # The champions' order
+
+    def champions(self) -> list[int]:
+        """Who was champion, oldest first, the present one last; a version that came back stands twice.
+
+        The alias is what counts: where it was moved by other hands, or a promotion died before moving it, the list
+        ends with what the alias names.
+        """
+        champion = self.aliased(CHAMPION)
+        if champion is None:
+            return []
         try:
-            with FileLock(self._lock_file, timeout=timeout_s):
-                yield
-        except Timeout:
-            raise StageError(f"another promotion holds {self._lock_file} for more than {timeout_s:g} s") from None
+            known = [int(number) for number in json.loads(self._model_tags().get(_CHAMPIONS, "[]"))]
+        except (ValueError, TypeError):
+            logger.warning(
+                "the tag %s of %s is not readable; the champions before are forgotten", _CHAMPIONS, self.model_name
+            )
+            known = []
+        while known and known[-1] != champion.number and champion.number in known:
+            known.pop()
+        return known if champion.number in known else [*known, champion.number]
+
+    def crown(self, champions: Sequence[int], lease: Lease) -> None:
+        """Make the last of `champions` champion. The way back is written first, so that it is never lost.
+
+        StageError where the lock is lost, or the alias does not hold after all.
+        """
+        lease.check()
+        self._client.set_registered_model_tag(self.model_name, _CHAMPIONS, json.dumps(list(champions)[-_REMEMBERED:]))
+        lease.check()
+        self.set_alias(CHAMPION, champions[-1])
+        lease.check()
+
+    def _aliases(self) -> dict[str, int]:
+        model = self._model()
+        return {str(alias): int(number) for alias, number in model.aliases.items()} if model else {}
+
+    def _model_tags(self) -> dict[str, str]:
+        model = self._model()
+        return dict(model.tags) if model else {}
+
+    def _model(self) -> Any | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_registered_model(self.model_name)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
     def _experiment(self, name: str, artifact_uri: str | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -254,19 +370,75 @@ class RunLog:
 
 def _client(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own default keeps trying a dead server for four minutes at every call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     from mlflow import MlflowClient
 
-    for noisy in (
-        "alembic",
-        "mlflow",
-    ):  # a new database tells of each of its migrations; importing mlflow resets levels
+    # A new database tells of each of its migrations; importing mlflow resets levels.
+    for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for every busy database
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
+def _opened(uri: str) -> _PlainTalk:
+    """A client that talks plainly. StageError for a database that cannot be opened."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return _PlainTalk(_client(uri), uri)
+    except (MlflowException, OSError, SQLAlchemyError) as error:
+        raise _failure(uri, error) from error
+
+
+class _PlainTalk:
+    """A client whose failures are retried where that helps, and told in one line where it does not."""
+
+    def __init__(self, client: Any, uri: str) -> None:
+        self._client = client
+        self._uri = uri
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            return self._call(method, *args, **options)
+
+        return call
+
+    def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        began = time.monotonic()
+        while True:
+            try:
+                return method(*args, **options)
+            except MlflowException as error:
+                if error.error_code in _EXPECTED:
+                    raise
+                if error.error_code != _BUSY or time.monotonic() - began > _PATIENCE_S:
+                    raise _failure(self._uri, error) from error
+                time.sleep(random.uniform(0.05, 0.3))
+            except (OSError, SQLAlchemyError) as error:  # artifacts: files, requests; a database file that is none
+                raise _failure(self._uri, error) from error
+
+
+def _failure(uri: str, error: Exception) -> StageError:
+    return StageError(f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}")
+
+
 def _version(item: Any) -> Version:
-    return Version(number=int(item.version), source=str(item.source), run_id=str(item.run_id), tags=dict(item.tags))
+    created = datetime.fromtimestamp(item.creation_timestamp / 1000, tz=UTC) if item.creation_timestamp else None
+    return Version(
+        number=int(item.version),
+        source=str(item.source),
+        run_id=str(item.run_id),
+        created=f"{created:%Y-%m-%d %H:%M}" if created else "",
+        tags=dict(item.tags),
+    )
 
 
 def replace_folder(source: Path, target: Path) -> None:

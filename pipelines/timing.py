@@ -46,6 +46,11 @@ def median_step_s(traces: Sequence[Trace]) -> float:
     return median(steps) if steps else float("nan")
 
 
+def tokens_per_s(traces: Sequence[Trace]) -> float:
+    """Tokens of all answers over the time of all, prefill included."""
+    return sum(len(one.token_ids) for one in traces) / sum(one.total_s for one in traces)
+
+
 def prompts_digest(prompts: Sequence[Sequence[int]], *settings: object) -> str:
     """Names a measurement: equal for the same prompts under the same settings."""
     return hashlib.sha256(repr(([list(ids) for ids in prompts], settings)).encode()).hexdigest()[:16]

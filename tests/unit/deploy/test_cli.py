@@ -205,7 +205,18 @@ def test_a_full_conversation_says_so_and_goes_on(medusa_cli: Callable[..., Resul
 
 def test_every_stage_is_a_command(medusa_cli: Callable[..., Result]) -> None:
     listed = medusa_cli("--help").stdout
-    assert {*STAGES, "generate", "chat", "provision", "serve", "demo", "version"} <= set(listed.split())
+    assert {*STAGES, "generate", "chat", "provision", "serve", "demo", "registry", "version"} <= set(listed.split())
+
+
+def test_an_empty_registry_is_listed_and_has_nothing_to_roll_back(
+    medusa_cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    listed = medusa_cli("registry", "list", f"workdir={tmp_path}")
+    assert (listed.exit_code, listed.stdout) == (0, "no version is registered\n"), listed.output
+    assert json.loads(medusa_cli("registry", "list", "--json", f"workdir={tmp_path}").stdout) == []
+    assert_one_line_error(medusa_cli("promote", "--rollback", f"workdir={tmp_path}"), "no earlier champion")
+    assert_one_line_error(medusa_cli("promote", f"workdir={tmp_path}"), "challenger", "register")
+    assert_one_line_error(medusa_cli("registry", "list", "registry.model_name=a/b"), "registry.model_name", "a/b")
 
 
 def test_version(medusa_cli: Callable[..., Result]) -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medusa.errors import CheckpointError
 from pipelines import promote
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
-from pipelines.promote import judge
+from pipelines.evaluate import Comparison
+from pipelines.listing import list_entries
+from pipelines.promote import PromoteResult, judge, stored_evaluation
 from pipelines.register import TAG_EVALUATION
 from pipelines.registry import (
     CHALLENGER,
@@ -22,7 +27,17 @@ from pipelines.registry import (
     open_registry,
     resolve,
 )
-from pipelines.report import Evaluation, read_evaluation, write_report
+from pipelines.report import (
+    Case,
+    Details,
+    Difference,
+    Evaluation,
+    Fidelity,
+    Figures,
+    Quality,
+    read_evaluation,
+    write_report,
+)
 
 GATE = PromoteSection(acceleration_margin=0.02, speedup_margin=0.1)
 GOOD = Evaluation(
@@ -43,24 +58,57 @@ GOOD = Evaluation(
     checkpoint_digest="c",
 )
 
+SAME = Fidelity(num_tokens=100, original_perplexity=10.0, tuned_perplexity=10.05, mean_kl=0.001)
+KEPT = Quality(answers=SAME, text=SAME)
+
 rates = st.floats(1.0, 5.0)
 speeds = st.floats(10.0, 500.0)
+
+
+def figures(rate: float = 2.0, speed: float = 75.0) -> Figures:
+    return Figures(
+        num_answers=4,
+        num_tokens=4 + round(1000 * rate),
+        num_steps=1000,
+        plain_step_s=0.02,
+        tree_step_s=0.03,
+        plain_tokens_per_s=50.0,
+        tree_tokens_per_s=speed,
+    )
+
+
+def compared(ours: Figures, theirs: Figures, **changes: Any) -> Comparison:
+    made = Comparison(challenger=ours, champion=theirs, num_differing=0, dtype="bfloat16", prompts_digest="p")
+    return replace(made, **changes)
+
+
+def by_stored_figures(challenger: Version, champion: Version) -> Comparison:
+    """A stand-in for the measurement: what the versions' own evaluations say."""
+    ours, theirs = stored_evaluation(challenger), stored_evaluation(champion)
+    assert ours is not None
+    assert theirs is not None
+    return compared(*(figures(one.acceleration_rate, one.tree_tokens_per_s) for one in (ours, theirs)))
 
 
 @given(rates, rates, speeds, speeds)
 def test_the_gate_opens_exactly_where_both_figures_reach_the_champions_less_the_margins(
     ours: float, theirs: float, our_speed: float, their_speed: float
 ) -> None:
-    challenger = replace(GOOD, acceleration_rate=ours, tree_tokens_per_s=our_speed)
-    champion = replace(GOOD, acceleration_rate=theirs, tree_tokens_per_s=their_speed)
-    passes = ours >= theirs * 0.98 and our_speed / 50 >= their_speed / 50 * 0.9
-    assert (judge(challenger, champion, GATE) == ()) is passes
+    challenger, champion = figures(ours, our_speed), figures(theirs, their_speed)
+    passes = (
+        challenger.acceleration_rate >= champion.acceleration_rate * 0.98 and our_speed / 50 >= their_speed / 50 * 0.9
+    )
+    assert (judge(GOOD, compared(challenger, champion), GATE) == ()) is passes
 
 
 @given(rates, speeds)
 def test_an_equal_challenger_passes(rate: float, speed: float) -> None:
-    one = replace(GOOD, acceleration_rate=rate, tree_tokens_per_s=speed)
-    assert judge(one, one, GATE) == ()
+    assert judge(GOOD, compared(figures(rate, speed), figures(rate, speed)), GATE) == ()
+
+
+def test_a_figure_that_is_no_number_passes_nothing() -> None:
+    broken = replace(figures(), tree_tokens_per_s=float("nan"))
+    assert len(judge(GOOD, compared(broken, figures()), GATE)) == 1
 
 
 @pytest.mark.parametrize(
@@ -70,31 +118,68 @@ def test_an_equal_challenger_passes(rate: float, speed: float) -> None:
         (replace(GOOD, identity_checked=0), "not checked"),
         (replace(GOOD, identity_differing=1), "1 of 4"),
         (replace(GOOD, acceleration_rate=0.9), "min_acceleration"),
+        (replace(GOOD, tuned=True), "quality guard"),
+        (
+            replace(GOOD, tuned=True, quality=replace(KEPT, text=replace(SAME, tuned_perplexity=10.2))),
+            "human text rose by 2",
+        ),
+        (
+            replace(GOOD, tuned=True, quality=replace(KEPT, answers=replace(SAME, tuned_perplexity=float("nan")))),
+            "answers",
+        ),
     ],
 )
-def test_without_a_champion_identity_and_a_real_gain_are_still_asked(challenger: Evaluation | None, told: str) -> None:
+def test_without_a_champion_identity_quality_and_a_real_gain_are_still_asked(
+    challenger: Evaluation | None, told: str
+) -> None:
     (reason,) = judge(challenger, None, GATE)
     assert told in reason
 
 
-def test_figures_of_other_prompts_are_not_compared() -> None:
-    (reason,) = judge(replace(GOOD, prompts_digest="q"), GOOD, GATE)
-    assert "other prompts" in reason
+def test_a_tuned_backbone_that_kept_its_perplexity_passes() -> None:
+    assert judge(replace(GOOD, tuned=True, quality=KEPT), compared(figures(), figures()), GATE) == ()
+
+
+def test_answers_that_differ_count_where_the_arithmetic_is_exact_enough() -> None:
+    differing = compared(figures(), figures(), num_differing=1)
+    assert judge(GOOD, differing, GATE) == ()  # bfloat16: near-ties flip; the float32 check of the evaluation holds
+    (reason,) = judge(GOOD, replace(differing, dtype="float32"), GATE)
+    assert "1 float32" in reason
 
 
 def test_an_evaluation_survives_its_report(tmp_path: Path) -> None:
-    page, plot = write_report(tmp_path, GOOD, [[1, 2, 3], [2]])
-    assert read_evaluation(tmp_path) == GOOD
-    assert "speedup" in page.read_text()
+    case = Case(
+        scheme="typical@0.7", num_nodes=8, overall=figures(), by_category={"maths": figures(), "prose": figures(3.0)},
+        depth_reached=(0.7, 0.3), num_differing=None,
+    )  # fmt: skip
+    greedy = replace(case, scheme="greedy", num_differing=2, depth_reached=(0.6, 0.2, 0.1))
+    parted = Difference(prompt="p/2", dtype="bfloat16", position=7, plain_token=3, tree_token=None, margin=0.0625)
+    tuned = replace(GOOD, tuned=True, quality=KEPT)
+    page, plot = write_report(tmp_path, tuned, [[1, 2, 3], [2]], Details(cases=(greedy, case), differences=(parted,)))
+    assert read_evaluation(tmp_path) == tuned
+    assert Evaluation.from_json(tuned.to_json()) == tuned
+    text = page.read_text()
+    for told in (
+        "speedup",
+        "| maths | 4 | 2.00 |",
+        "| prose | 4 | 3.00 |",
+        "0.700 | 0.300 | – |",
+        "| p/2 | bfloat16 | 7 | 3 |",
+    ):
+        assert told in text
+    assert "perplexity" in text
     assert plot.stat().st_size > 1000
+    assert (tmp_path / "cases.png").stat().st_size > 1000
 
 
 def test_a_missing_or_foreign_report_is_told(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="run `evaluate`"):
         read_evaluation(tmp_path)
-    (tmp_path / "report.json").write_text('{"a": 1}')
-    with pytest.raises(StageError, match="run `evaluate` again"):
-        read_evaluation(tmp_path)
+    for text in ('{"a": 1}', '{"evaluation": {"a": 1}}', '{"evaluation": 3}', '{"evalua', "", "[]", "\x00"):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(StageError, match="run `evaluate` again") as caught:
+            read_evaluation(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +217,17 @@ def test_a_runs_key_finds_it_again(registry: Registry) -> None:
     assert registry.run_for("key", {}) != registry.run_for("other", {})
 
 
+def _promote(config: Config, **changes: Any) -> PromoteResult:
+    return promote.run(config.model_copy(update={"promote": PromoteSection(**changes)}), measure=by_stored_figures)
+
+
 def test_champions_follow_each_other_and_come_back(config: Config, registry: Registry, tmp_path: Path) -> None:
     first = _register(registry, tmp_path / "f", "first", GOOD)
-    assert promote.run(config).champion == first.number
-    assert promote.run(config).previous == first.number  # again: nothing to do
+    assert _promote(config).champion == first.number
+    assert _promote(config).previous == first.number  # again: nothing to do
 
     better = _register(registry, tmp_path / "f", "better", replace(GOOD, acceleration_rate=2.5))
-    result = promote.run(config)
+    result = _promote(config)
     assert (result.champion, result.previous) == (better.number, first.number)
     folder = resolve(config).folder
     assert folder is not None
@@ -146,17 +235,90 @@ def test_champions_follow_each_other_and_come_back(config: Config, registry: Reg
 
     worse = _register(registry, tmp_path / "f", "worse", replace(GOOD, acceleration_rate=1.5))
     with pytest.raises(PromotionRefused, match=r"acceleration rate 1\.50"):
-        promote.run(config)
+        _promote(config)
     champion = registry.aliased(CHAMPION)
     assert champion is not None
     assert champion.number == better.number
+    listed = {entry.version: entry for entry in list_entries(config)}
+    assert listed[worse.number].verdict.startswith(f"refused beside version {better.number}: acceleration rate")
+    assert (listed[worse.number].aliases, listed[better.number].aliases) == ((CHALLENGER,), (CHAMPION,))
+    assert json.loads(json.dumps(listed[better.number].as_dict()))["gate"]["passed"] is True
 
-    forced = promote.run(config.model_copy(update={"promote": PromoteSection(force=True)}))
+    forced = _promote(config, force=True)
     assert (forced.champion, len(forced.overruled)) == (worse.number, 1)
-    assert promote.rollback(config).champion == better.number
-    assert promote.rollback(config).champion == first.number
+    assert _promote(config, version=better.number).champion == better.number
+    assert registry.champions() == [first.number, better.number, worse.number, better.number]
+
+
+def test_every_rollback_goes_one_champion_further_back(config: Config, registry: Registry) -> None:
+    first, better, worse = (version.number for version in registry.versions())
+    assert [_promote(config, rollback=True).champion for _ in range(3)] == [worse, better, first]
     with pytest.raises(StageError, match="earlier champion"):
-        promote.rollback(config)
+        _promote(config, rollback=True)
+    assert registry.champions() == [first]
+    with pytest.raises(PromotionRefused, match="rolled back on"):  # what was left is not taken again unasked
+        _promote(config, version=better)
+    assert _promote(config, version=better, force=True).champion == better
+    assert {entry.version: entry for entry in list_entries(config)}[better].verdict.startswith("forced")
+    assert _promote(config, rollback=True).champion == first
+
+
+def test_an_alias_moved_by_hand_is_believed(config: Config, registry: Registry) -> None:
+    first, _, worse = (version.number for version in registry.versions())
+    registry.set_alias(CHAMPION, worse)
+    assert registry.champions() == [first, worse]
+    registry.set_alias(CHAMPION, first)
+    assert registry.champions() == [first]
+
+
+def test_a_champion_that_changed_while_it_was_measured_is_measured_against(
+    config: Config, registry: Registry, tmp_path: Path
+) -> None:
+    first, better, _ = (version.number for version in registry.versions())
+    _register(registry, tmp_path / "f", "late", replace(GOOD, acceleration_rate=2.6))
+    beside = []
+
+    def measure(challenger: Version, champion: Version) -> Comparison:
+        beside.append(champion.number)
+        if len(beside) == 1:
+            registry.set_alias(CHAMPION, better)
+        return by_stored_figures(challenger, champion)
+
+    assert promote.run(config, measure=measure).previous == better
+    assert beside == [first, better]
+    assert promote.rollback(config).champion == better
+    registry.set_alias(CHAMPION, first)
+
+
+def test_what_cannot_be_measured_is_refused_with_the_reason(config: Config, registry: Registry, tmp_path: Path) -> None:
+    def measure(challenger: Version, champion: Version) -> Comparison:
+        raise CheckpointError("made for another backbone")
+
+    _register(registry, tmp_path / "f", "foreign", replace(GOOD, acceleration_rate=4))
+    with pytest.raises(PromotionRefused, match="made for another backbone"):
+        promote.run(config, measure=measure)
+    broken = _register(registry, tmp_path / "f", "broken", GOOD)
+    registry.tag(broken.number, {TAG_EVALUATION: '{"quality": {}}'})
+    with pytest.raises(PromotionRefused, match="never evaluated"):
+        promote.run(config, measure=measure)
+    with pytest.raises(StageError, match="no version 99"):
+        _promote(config, version=99)
+
+
+def test_an_unreachable_server_is_one_line_after_a_few_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipelines.registry._PATIENCE_S", 0.6)
+    nobody = Config.model_validate({"workdir": tmp_path, "registry": {"tracking_uri": "http://127.0.0.1:9"}})
+    for ask in (promote.run, list_entries):
+        with pytest.raises(StageError, match=r"no MLflow server answers at http://127\.0\.0\.1:9") as caught:
+            ask(nobody)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database " * 100)
+    with pytest.raises(StageError, match=r"mlflow\.db fails") as caught:
+        promote.run(Config(workdir=tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_version_is_fetched_as_it_was_stored_and_only_once(
