@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,17 +40,24 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """A fresh cluster below `folder`; yields the URI of its database. Stopped at the end, whatever ends the block."""
-    binaries, port, data = postgres_binaries(), free_port(), folder / "data"
+def postgres() -> Iterator[str]:
+    """A fresh cluster in a temporary folder; yields the URI of its database. Stopped at the end, whatever ends the block.
+
+    The folder is its own: PostgreSQL does not run as root, and pytest shuts its folders to everybody but root, again
+    whenever another pytest starts.
+    """
+    binaries, port = postgres_binaries(), free_port()
     assert binaries is not None
-    folder.mkdir(parents=True)
     user = _system_user() if os.geteuid() == 0 else None
-    if user is not None:
-        shutil.chown(folder, user)
-        for parent in folder.parents:  # pytest's folders are for root alone; others may pass through, not look
-            if parent.stat().st_uid == 0 and parent != Path("/") and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
+    with tempfile.TemporaryDirectory(prefix="medusa-postgres-") as made:
+        folder = Path(made)
+        if user is not None:
+            shutil.chown(folder, user)
+        yield from _cluster(binaries, folder, port, user)
+
+
+def _cluster(binaries: Path, folder: Path, port: int, user: str | None) -> Iterator[str]:
+    data = folder / "data"
 
     def call(tool: str, *args: str) -> None:
         command = [str(binaries / tool), *args]

@@ -60,7 +60,7 @@ def tracking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if (reason := postgres_mlflow.missing()) is not None:
         pytest.skip(reason)
     with (
-        postgres_mlflow.postgres(folder / "postgres") as store,
+        postgres_mlflow.postgres() as store,
         postgres_mlflow.mlflow_server(folder / "mlflow", store) as uri,
     ):
         yield uri
