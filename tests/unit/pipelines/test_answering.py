@@ -10,8 +10,8 @@ import medusa
 from medusa.engine import Engine
 from pipelines.answering import answer_prompts, turn_id
 from pipelines.config import Config, DistillSection
-from pipelines.distill import adopt
 from pipelines.errors import StageError
+from pipelines.pool import adopt
 from pipelines.prompts import Prompt
 from pipelines.records import ANSWERS, CALIBRATION, TRAIN, read_answers, sampling_key, scan
 

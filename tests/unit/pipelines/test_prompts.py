@@ -70,6 +70,11 @@ def test_each_shape_gives_the_users_turns(row: dict[str, Any], turns: tuple[str,
         {"messages": [{"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "user", "content": None}]},
+        {"prompt": "half \ud83d of a character"},
+        {"prompt": "a", "temperature": -1},
+        {"prompt": "a", "temperature": float("nan")},
+        {"prompt": "a", "top_p": 0},
+        {"prompt": "a", "seed": 1.5},
     ],
 )
 def test_what_is_no_prompt_is_refused(row: dict[str, Any]) -> None:
@@ -94,11 +99,29 @@ def test_jsonl_and_parquet_of_the_same_rows_are_the_same_prompts(tmp_path: Path)
     assert read_prompts(tmp_path / "p.jsonl") == read_prompts(tmp_path / "p.parquet")
 
 
-def test_two_prompts_with_one_id_both_stay_under_different_ids(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
-    prompts = read_prompts(file)
-    assert len({prompt.id for prompt in prompts}) == len(prompts) == 2
+def test_prompts_with_one_id_are_told_apart_in_any_order_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "prompt": "a"}\n{"id": 2, "prompt": "c"}\n{"id": 1, "prompt": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"id": 1, "prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
+    one = read_prompts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    two = read_prompts([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])
+    assert [prompt.turns[0] for prompt in one] == ["a", "c", "b"]
+    ids = {prompt.turns: prompt.id for prompt in one}
+    assert ids == {prompt.turns: prompt.id for prompt in two}
+    assert len(set(ids.values())) == 3
+    assert ids["c",] == "2"
+
+
+def test_equal_prompts_without_ids_in_two_files_are_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "same"}\n')
+    (prompt,) = read_prompts(tmp_path)
+    assert prompt.source == "a"
+
+
+def test_a_row_may_carry_its_own_sampling(tmp_path: Path) -> None:
+    prompt = parse_prompt({"prompt": "a", "temperature": 1, "top_p": 0.5, "seed": 7}, source="s")
+    assert (prompt.temperature, prompt.top_p, prompt.seed) == (1.0, 0.5, 7)
+    assert prompt.id != parse_prompt({"prompt": "a"}, source="s").id
 
 
 def test_missing_foreign_and_empty_files_are_named(tmp_path: Path) -> None:
@@ -129,7 +152,7 @@ def test_a_files_parts_are_disjoint_stable_and_cut(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     lines = [json.dumps({"turns": [f"p{i}", "more", "and more"]}) for i in range(200)]
     file.write_text("\n".join(lines))
-    config = PromptsSection(path=file, calibration_share=0.25, max_turns=2)
+    config = PromptsSection(path=(str(file),), calibration_share=0.25, max_turns=2)
     parts = prompt_parts(config)
     train, calibration = {p.id for p in parts.train}, {p.id for p in parts.calibration}
     assert not train & calibration
