@@ -135,9 +135,11 @@ def _answered(model: Model, chat: _Chat, completion: Completion) -> None:
 
 def choose_tree(model: Model, config: DistillSection) -> Tree:
     """The tree that serves this batch size best; one node is plain decoding. ValueError where the heads cannot fill it."""
-    if config.tree_nodes is None:
-        small = config.batch_size <= TREE_BATCH_LIMIT.get(model.backbone.device.type, 0)
-        return model.resolve_tree(None if small else 1)
+    from medusa.tree import Tree
+
+    plain = config.batch_size > TREE_BATCH_LIMIT.get(model.backbone.device.type, 0)
+    if config.tree_nodes == 1 or (config.tree_nodes is None and plain):
+        return Tree.root_only()
     return model.resolve_tree(config.tree_nodes)
 
 

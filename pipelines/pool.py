@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections import Counter, defaultdict
@@ -211,15 +212,10 @@ def _columns(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _one_line(error: Exception) -> Exception:
-    """What the user can act upon, of an error that Ray carried here from an actor or a writing task."""
-    from medusa.errors import MedusaError
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MedusaError):
-            return StageError(str(cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    text = str(error)
-    if "No space left on device" in text:
+    """What the user can act upon, of an error that Ray carried here as text from an actor or a writing task."""
+    said = re.search(rf"^{re.escape(StageError.__module__)}\.{StageError.__name__}: (.+)$", str(error), re.MULTILINE)
+    if said is not None:
+        return StageError(said[1])
+    if "No space left on device" in str(error):
         return StageError("the disk is full; free some space and run this again, nothing finished is lost")
     return error

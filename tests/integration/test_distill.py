@@ -28,7 +28,7 @@ from pipelines.self_prompt import self_prompts
 from pipelines.stage import Step, ignore_progress
 
 NUM_PROMPTS = 240
-WAIT_S = 90.0
+WAIT_S = 240.0  # for a machine that does other work besides
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +78,15 @@ def _files(config: Config) -> int:
     return len(list(config.layout.distilled.glob(f"{RUN}*/*.parquet")))
 
 
-def _workers(name: str) -> list[psutil.Process]:
-    """Ray's processes below this one whose title bears a name."""
+def _workers(*names: str) -> list[psutil.Process]:
+    """Ray's processes below this one whose title bears one of the names."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if title.startswith("ray::") and name in title:
+        if title.startswith("ray::") and any(name in title for name in names):
             found.append(process)
     return found
 
@@ -126,9 +126,10 @@ def test_killed_actors_and_writers_are_replaced_and_the_run_ends_as_if_they_had_
     work = threading.Thread(target=lambda: outcome.append(distill.run(config, steps.append)), daemon=True)
     work.start()
     killed: list[int] = []
-    for name, after in (("Answerer", 2), ("Write", 8), ("Answerer", 14)):
+    for names, after in ((("Answerer",), 2), (("ray::Write", "ray::IDLE"), 8), (("Answerer",), 14)):
         _wait(lambda after=after: _files(config) >= after or not work.is_alive())
-        for process in [p for p in _workers(name) if p.pid not in killed][:1]:
+        doomed = [process for process in _workers(*names) if process.pid not in killed]
+        for process in doomed[:1] if names == ("Answerer",) else doomed:
             os.kill(process.pid, signal.SIGKILL)
             killed.append(process.pid)
     assert len(killed) >= 2, "the actors were not found"

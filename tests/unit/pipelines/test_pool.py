@@ -15,7 +15,7 @@ from filelock import FileLock
 from pipelines import pool as pool_module
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
-from pipelines.pool import RUN, Pool, Watch, adopt, settle
+from pipelines.pool import RUN, Pool, Watch, _one_line, adopt, settle
 from pipelines.stage import Step
 
 Row = tuple[str, str | None]
@@ -113,3 +113,12 @@ def test_the_watch_counts_each_complete_file_once(tmp_path: Path) -> None:
     assert (step.done, step.total) == (5, 6)
     assert step.note == "prompts, 5 tokens/s (error 1, stop 2)"
     assert watch.reasons == {"stop": 2, "error": 1}
+
+
+def test_what_ray_carries_as_a_long_text_is_one_line() -> None:
+    carried = RuntimeError("ray::MapWorker()\n  File x\npipelines.errors.StageError: too large; lower it\n\nThe above")
+    assert str(_one_line(carried)) == "too large; lower it"
+    full = RuntimeError("ray::Write()\nOSError: [Errno 28] Error writing bytes. Detail: No space left on device")
+    assert "free some space" in str(_one_line(full))
+    other = RuntimeError("something else")
+    assert _one_line(other) is other
