@@ -123,7 +123,7 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="rows decoded together; repeat it to compare")] = None,
     tree: Annotated[list[int] | None, typer.Option(min=1, help="nodes; repeat it to compare; 1 is plain")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="new tokens of every row")] = 192,
-    rows: Annotated[int, typer.Option(min=1, help="rows of a pass; the prompts over and over")] = 128,
+    rows: Annotated[int, typer.Option(min=1, help="rows of a pass; the prompts over and over")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
     save_results: Annotated[bool, typer.Option("--save/--no-save")] = True,

@@ -27,7 +27,7 @@ from pipelines.registry import open_registry
 from pipelines.self_prompt import self_prompts
 from pipelines.stage import Step, ignore_progress
 
-NUM_PROMPTS = 240
+NUM_PROMPTS = 120
 WAIT_S = 240.0  # for a machine that does other work besides
 
 
@@ -110,7 +110,7 @@ def test_a_killed_driver_loses_nothing_that_was_written_and_repeats_nothing(sett
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S)
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2 * WAIT_S)
     asked = int(again.stdout.partition(" prompts asked now")[0].rpartition("(")[2])
     assert 0 < asked <= NUM_PROMPTS - 8, again.stdout  # a file may be torn, not more
     _each_prompt_once(config)
@@ -126,7 +126,7 @@ def test_killed_actors_and_writers_are_replaced_and_the_run_ends_as_if_they_had_
     work = threading.Thread(target=lambda: outcome.append(distill.run(config, steps.append)), daemon=True)
     work.start()
     killed: list[int] = []
-    for names, after in ((("Answerer",), 2), (("ray::Write", "ray::IDLE"), 8), (("Answerer",), 14)):
+    for names, after in ((("Answerer",), 2), (("ray::Write", "ray::IDLE"), 6), (("Answerer",), 10)):
         _wait(lambda after=after: _files(config) >= after or not work.is_alive())
         doomed = [process for process in _workers(*names) if process.pid not in killed]
         for process in doomed[:1] if names == ("Answerer",) else doomed:
