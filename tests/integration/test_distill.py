@@ -166,14 +166,15 @@ def test_only_failed_rows_are_asked_again_and_the_run_stays_one(settings: list[s
     retried = distill.run(load_config(None, [*few, "distill.context_length=250", "distill.retry_errors=true"]))
     assert (retried.num_asked, retried.num_answers, retried.num_failed) == (5, 5, 0)
     assert Counter(row["id"] for row in scan(wide.layout.distilled)) == Counter("abcde")
-    assert len(open_registry(wide)._client.search_runs([open_registry(wide)._experiment_id])) == 1
+    assert _run_of(wide)["tokens"] == retried.num_tokens
 
 
 @pytest.mark.usefixtures("_ray")
 def test_what_keeps_an_actor_from_loading_ends_the_run_with_its_reason(settings: list[str]) -> None:
     with pytest.raises(StageError, match=r"lower distill\.batch_size or distill\.context_length") as caught:
-        distill.run(load_config(None, [*settings, "distill.batch_size=100000000"]))
+        distill.run(config := load_config(None, [*settings, "distill.batch_size=100000000"]))
     assert "\n" not in str(caught.value)
+    assert _run_of(config, status="FAILED")["tokens"] == 0
 
 
 @pytest.mark.usefixtures("_ray")
@@ -201,9 +202,9 @@ def test_a_backbone_writes_its_own_prompts_the_same_after_a_death(settings: list
     assert (result.num_asked, result.num_failed) == (len(written), 0)
 
 
-def _run_of(config: Config) -> dict[str, float]:
+def _run_of(config: Config, *, status: str = "FINISHED") -> dict[str, float]:
     """Last metrics of the one run that a working directory's registry holds."""
     registry = open_registry(config)
     (run,) = registry._client.search_runs([registry._experiment_id])
-    assert run.info.status == "FINISHED"
+    assert run.info.status == status
     return dict(run.data.metrics)

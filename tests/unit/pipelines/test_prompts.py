@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,17 @@ import pytest
 
 from medusa.errors import PromptError
 from pipelines.builtin_prompts import BUILTIN
-from pipelines.config import EvaluateSection, PromptsSection
+from pipelines.config import Config, EvaluateSection, PromptsSection, dump_config, load_config
 from pipelines.errors import ConfigError
-from pipelines.prompts import builtin_prompts, evaluation_prompts, parse_prompt, prompt_parts, read_prompts, share_of
+from pipelines.prompts import (
+    Prompt,
+    builtin_prompts,
+    evaluation_prompts,
+    parse_prompt,
+    prompt_parts,
+    read_prompts,
+    share_of,
+)
 
 SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str | None]] = [
     ({"prompt": "a"}, ("a",), None),
@@ -169,6 +178,33 @@ def test_evaluation_takes_first_turns_of_the_mt_bench_shape(tmp_path: Path) -> N
     file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
     (prompt,) = evaluation_prompts(EvaluateSection(path=file))
     assert (prompt.id, prompt.turns) == ("81", ("one",))
+
+
+def test_sources_are_absolute_paths_and_uris_one_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load = partial(load_config, None)
+    assert load(["prompts.path=p.jsonl"]).prompts.path == (f"{tmp_path}/p.jsonl",)
+    several = load(["prompts.path=[s3://bucket/p/*.parquet, data/*.jsonl]"])
+    assert several.prompts.path == ("s3://bucket/p/*.parquet", f"{tmp_path}/data/*.jsonl")
+    assert load_config(_dumped(several, tmp_path / "c.yaml")) == several
+    for nothing in ("[]", "''"):
+        with pytest.raises(ConfigError, match=r"prompts\.path"):
+            load([f"prompts.path={nothing}"])
+
+
+def _dumped(config: Config, file: Path) -> Path:
+    file.write_text(dump_config(config))
+    return file
+
+
+def test_self_written_prompts_stand_alone_or_behind_those_of_the_files(tmp_path: Path) -> None:
+    own = [Prompt(id=f"self-{i}", source="self", turns=(f"written {i}",)) for i in range(8)]
+    alone = prompt_parts(PromptsSection(calibration_share=0.0), own)
+    assert (alone.train, alone.calibration) == (tuple(own), ())
+    (tmp_path / "p.jsonl").write_text('{"id": "file", "prompt": "given"}\n')
+    both = prompt_parts(PromptsSection(path=(f"{tmp_path}/p.jsonl",), calibration_share=0.0), own)
+    assert [prompt.id for prompt in both.train] == ["file", *(prompt.id for prompt in own)]
+    assert prompt_parts(PromptsSection()).train == tuple(builtin_prompts("train"))
 
 
 def test_shares_are_uniform_and_differ_by_purpose() -> None:
