@@ -1,7 +1,8 @@
 """Keys and values of a batch of sequences, one slot each. Knows positions; knows no tokens and no tree.
 
     Y layers, R slots, S physical positions, H key/value heads, E head size, B rows in use, N new positions
-All layers share one tensor [Y·2, R, S, H, E], so compaction and moves are one operation for the whole model.
+All layers share one tensor [Y·2, R, H, S, E], so compaction and moves are one operation for the whole model. What one
+head attends to lies in one piece: with many sequences in a batch, reading it is what a step spends its time on.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class KVCache:
         self.num_slots = num_slots
         self.capacity = capacity
         self.store = torch.zeros(
-            num_layers * 2, num_slots, capacity, num_kv_heads, head_dim, dtype=dtype, device=device
+            num_layers * 2, num_slots, num_kv_heads, capacity, head_dim, dtype=dtype, device=device
         )
-        self._flat = self.store.view(num_layers * 2, num_slots * capacity, num_kv_heads * head_dim)
+        self._flat = self.store.view(num_layers * 2, num_slots * num_kv_heads * capacity, head_dim)
+        self._heads = torch.arange(num_kv_heads, device=device) * capacity
         self._rows = slice(0, 0)
         self._length = 0
         self._targets = torch.zeros(0, dtype=torch.long, device=device)
@@ -49,9 +51,8 @@ class KVCache:
         """
         batch = offsets.shape[0]
         assert first_slot + batch <= self.num_slots and length <= self.capacity, "the engine admits what fits"
-        slots = torch.arange(first_slot, first_slot + batch, device=offsets.device)
         new = torch.arange(num_new, device=offsets.device)
-        self._targets = ((slots * self.capacity + offsets)[:, None] + new).flatten()
+        self._targets = (self._base(first_slot, offsets)[..., None] + new).flatten()
         self._rows = slice(first_slot, first_slot + batch)
         self._length = length
         for slot in range(first_slot, first_slot + batch):
@@ -59,11 +60,10 @@ class KVCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Transformers' contract: key, value [B,H,N,E] in, all that attention may see [B,H,length,E] out (views)."""
-        width = self._flat.shape[-1]
         for plane, new in ((2 * layer, key), (2 * layer + 1, value)):
-            self._flat[plane].index_copy_(0, self._targets, new.transpose(1, 2).reshape(-1, width))
-        seen = self.store[2 * layer : 2 * layer + 2, self._rows, : self._length]
-        return seen[0].transpose(1, 2), seen[1].transpose(1, 2)
+            self._flat[plane].index_copy_(0, self._targets, new.reshape(-1, new.shape[-1]))
+        seen = self.store[2 * layer : 2 * layer + 2, self._rows, :, : self._length]
+        return seen[0], seen[1]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Transformers asks only when no positions are given; the decoder always gives them."""
@@ -75,21 +75,24 @@ class KVCache:
         kept [B,L+1] names tree nodes in path order; a negative entry keeps its place as it is. Sources and targets
         overlap, so everything is read before anything is written.
         """
-        batch, slots_per_path = kept.shape
-        slots = torch.arange(first_slot, first_slot + batch, device=offsets.device)
-        base = (slots * self.capacity + offsets)[:, None]
-        place = torch.arange(slots_per_path, device=offsets.device).expand_as(kept)
-        source = (base + torch.where(kept >= 0, kept, place)).flatten()
-        target = (base + place).flatten()
+        base = self._base(first_slot, offsets)[..., None]
+        place = torch.arange(kept.shape[1], device=offsets.device).expand_as(kept)
+        source = (base + torch.where(kept >= 0, kept, place)[:, None]).flatten()
+        target = (base + place[:, None]).flatten()
         self._flat.index_copy_(1, target, self._flat.index_select(1, source))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a sequence of `length` positions into another slot."""
         self.free(target)
-        self.store[:, target, :length] = self.store[:, source, :length]
+        self.store[:, target, :, :length] = self.store[:, source, :, :length]
         self._used[target] = length
 
     def free(self, slot: int) -> None:
         """Zero a slot for its next user."""
-        self.store[:, slot, : self._used[slot]] = 0
+        self.store[:, slot, :, : self._used[slot]] = 0
         self._used[slot] = 0
+
+    def _base(self, first_slot: int, offsets: Tensor) -> Tensor:
+        """[B,H]: where the position behind offsets [B] lies in the flat store, for each head."""
+        slots = torch.arange(first_slot, first_slot + offsets.shape[0], device=offsets.device)
+        return (slots * (len(self._heads) * self.capacity) + offsets)[:, None] + self._heads

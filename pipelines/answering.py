@@ -6,30 +6,41 @@ A prompt that cannot be answered becomes a row with its `error`; the others go o
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa.config import SamplingParams
-from medusa.errors import PromptError
+from medusa.errors import MedusaError, PromptError
 from pipelines.config import BackboneSection, DistillSection
+from pipelines.errors import StageError
 from pipelines.prompts import Prompt
 from pipelines.records import ANSWERS, sampling_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
     from medusa import Model
-    from medusa.engine import Engine
+    from medusa.engine import Completion, Engine, Request
+    from medusa.tree import Tree
+
+# The largest batch for which the heads' own tree is worth its arithmetic. On a CPU a step of 16 tokens costs 1.5 times
+# one of a single token, and one of 64 about 2.5 times: a second row already uses what a tree would.
+TREE_BATCH_LIMIT = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(kw_only=True)
 class _Chat:
-    """One conversation under way: the messages so far; None once a turn has failed."""
+    """One conversation under way: the messages so far, and the row of the turn that is being answered."""
 
     prompt: Prompt
     part: str
-    messages: list[dict[str, str]] | None = field(default_factory=list)
+    turn: int = 0
+    messages: list[dict[str, str]] = field(default_factory=list)
+    row: dict[str, Any] = field(default_factory=dict)
 
 
 def turn_id(prompt_id: str, turn: int) -> str:
@@ -48,99 +59,167 @@ def answer_prompts(
 ) -> list[dict[str, Any]]:
     """Answer (prompt, part) pairs turn by turn, each later turn behind the backbone's own earlier answers.
 
-    All prompts' first turns share the batch, then all second turns, and so on. Rejection acceptance above temperature
-    0, so that the heads never change what is said.
+    The batch is kept full: a chat's next turn goes in as soon as its last is answered, before chats not yet begun.
+    Rejection acceptance above temperature 0, so that the heads never change what is said.
     """
-    chats = [_Chat(prompt=prompt, part=part) for prompt, part in asked]
-    for chat in chats:
-        if chat.messages is not None and chat.prompt.system is not None:
-            chat.messages.append({"role": "system", "content": chat.prompt.system})
+    waiting = deque(_begin(prompt, part) for prompt, part in asked)
+    common = {"sampling": sampling_key(config), "backbone": model.backbone.fingerprint}
+    running: dict[str, _Chat] = {}
     rows: list[dict[str, Any]] = []
-    for turn in range(1, max((len(chat.prompt.turns) for chat in chats), default=0) + 1):
-        live = [chat for chat in chats if chat.messages is not None and len(chat.prompt.turns) >= turn]
-        rows += _answer_turn(model, engine, live, turn, config)
+    while waiting or engine.has_work:
+        while waiting and engine.num_active + engine.num_waiting < engine.max_batch_size:
+            chat = waiting.popleft()
+            chat.row = _next_row(chat, config) | common
+            rows.append(chat.row)
+            try:
+                chat.row["prompt_ids"] = model.encode(chat.messages)
+                request = _request(chat, config, name=str(len(rows)))
+                engine.submit(request)
+            except PromptError as error:
+                chat.row["error"] = str(error)
+                continue
+            running[request.request_id] = chat
+        for delta in engine.step() if engine.has_work else []:
+            if delta.completion is not None:
+                chat = running.pop(delta.request_id)
+                _answered(model, chat, delta.completion)
+                if chat.turn < len(chat.prompt.turns):
+                    waiting.appendleft(chat)
     return rows
 
 
-def _answer_turn(
-    model: Model, engine: Engine, chats: list[_Chat], turn: int, config: DistillSection
-) -> list[dict[str, Any]]:
-    from medusa.engine import Request
-
-    common = {"sampling": sampling_key(config), "backbone": model.backbone.fingerprint}
-    rows: dict[str, dict[str, Any]] = {}
-    by_id: dict[str, _Chat] = {}
-    requests: list[Request] = []
-    for chat in chats:
-        assert chat.messages is not None
-        row_id = turn_id(chat.prompt.id, turn)
-        chat.messages.append({"role": "user", "content": chat.prompt.turns[turn - 1]})
-        by_id[row_id] = chat
-        rows[row_id] = _empty_row(chat, row_id) | common
-        try:
-            rows[row_id]["prompt_ids"] = model.encode(chat.messages)
-        except PromptError as error:
-            rows[row_id]["error"] = str(error)
-            chat.messages = None
-            continue
-        params = SamplingParams(
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=sampling_seed(config.seed, row_id),
-            acceptance="rejection",
-        )
-        requests.append(Request(prompt_ids=rows[row_id]["prompt_ids"], params=params, request_id=row_id))
-    for completion in engine.run(requests):
-        chat, row = by_id[completion.request_id], rows[completion.request_id]
-        if completion.error is not None:
-            row["error"] = completion.error
-            chat.messages = None
-            continue
-        text = model.backbone.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        row |= {"response_ids": completion.token_ids, "response": text, "finish_reason": completion.finish_reason}
-        assert chat.messages is not None
-        chat.messages.append({"role": "assistant", "content": text})
-    return list(rows.values())
+def _begin(prompt: Prompt, part: str) -> _Chat:
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return _Chat(prompt=prompt, part=part, messages=system)
 
 
-def _empty_row(chat: _Chat, row_id: str) -> dict[str, Any]:
+def _next_row(chat: _Chat, config: DistillSection) -> dict[str, Any]:
+    """Say the next turn of a chat; the row of its answer, still without one."""
+    chat.turn += 1
+    chat.messages.append({"role": "user", "content": chat.prompt.turns[chat.turn - 1]})
+    prompt, row_id = chat.prompt, turn_id(chat.prompt.id, chat.turn)
     return {
         "id": row_id,
-        "prompt_id": chat.prompt.id,
-        "source": chat.prompt.source,
+        "prompt_id": prompt.id,
+        "source": prompt.source,
         "part": chat.part,
         "prompt_ids": [],
         "response_ids": [],
         "response": "",
         "finish_reason": None,
+        "temperature": config.temperature if prompt.temperature is None else prompt.temperature,
+        "top_p": config.top_p if prompt.top_p is None else prompt.top_p,
+        "seed": sampling_seed(config.seed if prompt.seed is None else prompt.seed, row_id),
         "error": None,
     }
 
 
-class Answerer:
-    """One engine in an actor of Ray Data's pool: an Arrow batch of `prompt_table` in, one of `ANSWERS` out."""
+def _request(chat: _Chat, config: DistillSection, *, name: str) -> Request:
+    from medusa.engine import Request
+
+    row = chat.row
+    params = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=row["temperature"],
+        top_p=row["top_p"],
+        seed=row["seed"],
+        acceptance="rejection",
+    )
+    return Request(prompt_ids=row["prompt_ids"], params=params, request_id=name)
+
+
+def _answered(model: Model, chat: _Chat, completion: Completion) -> None:
+    text = model.backbone.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    chat.row |= {"response_ids": completion.token_ids, "response": text, "finish_reason": completion.finish_reason}
+    chat.messages.append({"role": "assistant", "content": text})
+
+
+def choose_tree(model: Model, config: DistillSection) -> Tree:
+    """The tree that serves this batch size best; one node is plain decoding. ValueError where the heads cannot fill it."""
+    from medusa.tree import Tree
+
+    plain = config.batch_size > TREE_BATCH_LIMIT.get(model.backbone.device.type, 0)
+    if config.tree_nodes == 1 or (config.tree_nodes is None and plain):
+        return Tree.root_only()
+    return model.resolve_tree(config.tree_nodes)
+
+
+def make_engine(model: Model, config: DistillSection) -> Engine:
+    """An engine with room for the configured batch. Raises StageError, saying what to lower, where memory is short."""
+    from medusa.engine import Engine
+
+    tree = choose_tree(model, config)
+    heads = model.heads if tree.num_nodes > 1 else None
+    length = min(config.context_length, model.backbone.max_context)
+    need, free = cache_bytes(model, config.batch_size, length), free_bytes(model.backbone.device)
+    advice = "lower distill.batch_size or distill.context_length"
+    if free is not None and need > free:
+        raise StageError(
+            f"{config.batch_size} sequences of {length} tokens need {need / 2**30:.1f} GiB of keys and values, "
+            f"and {free / 2**30:.1f} GiB are free; {advice}"
+        )
+    try:
+        return Engine(model.backbone, heads, tree=tree, max_batch_size=config.batch_size, context_length=length)
+    except (MemoryError, RuntimeError) as error:  # how torch tells that an allocation failed, on a CPU and on a GPU
+        if "memory" not in str(error):
+            raise
+        raise StageError(f"no memory for {config.batch_size} sequences of {length} tokens; {advice}") from error
+
+
+def cache_bytes(model: Model, batch_size: int, context_length: int) -> int:
+    """Keys and values of `batch_size` sequences of `context_length` tokens."""
+    probe = model.backbone.new_cache(num_slots=1, capacity=1).store
+    return probe.numel() * probe.element_size() * batch_size * context_length
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a process may still take; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
+            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    return free * 1024
+
+
+class EngineActor:
+    """What the actors of Ray Data's pool share: one model and one engine, loaded once."""
 
     def __init__(self, backbone: BackboneSection, config: DistillSection) -> None:
-        from medusa.engine import Engine
         from pipelines.models import load_model, use_threads
 
         use_threads(config.threads, processes=config.num_actors)
-        self.config = config
-        self.model = load_model(backbone, config.heads)
-        self.engine = Engine(
-            self.model.backbone,
-            self.model.heads,
-            tree=self.model.tree,
-            max_batch_size=config.batch_size,
-            context_length=min(config.context_length, self.model.backbone.max_context),
-        )
+        # Ray restarts an actor that cannot be built, for ever; one that fails at its first batch ends the run.
+        self._fault: str | None = None
+        try:
+            self._model = load_model(backbone, config.heads)
+            self._engine = make_engine(self._model, config)
+        except (MedusaError, ValueError) as error:
+            self._fault = str(error)
+
+    def ready(self) -> tuple[Model, Engine]:
+        """Raises StageError where they could not be loaded."""
+        if self._fault is not None:
+            raise StageError(self._fault)
+        return self._model, self._engine
+
+
+class Answerer(EngineActor):
+    """An Arrow batch of `prompt_table` in, one of `ANSWERS` out."""
+
+    def __init__(self, backbone: BackboneSection, config: DistillSection) -> None:
+        super().__init__(backbone, config)
+        self._config = config
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa
 
         asked = [(_prompt(row), row["part"]) for row in batch.to_pylist()]
-        return pa.Table.from_pylist(answer_prompts(self.model, self.engine, asked, self.config), schema=ANSWERS)
+        return pa.Table.from_pylist(answer_prompts(*self.ready(), asked, self._config), schema=ANSWERS)
 
 
 def prompt_table(asked: Iterable[tuple[Prompt, str]]) -> pa.Table:
@@ -154,13 +233,15 @@ def prompt_table(asked: Iterable[tuple[Prompt, str]]) -> pa.Table:
             pa.field("part", pa.string()),
             pa.field("turns", pa.list_(pa.string())),
             pa.field("system", pa.string()),
+            pa.field("temperature", pa.float64()),
+            pa.field("top_p", pa.float64()),
+            pa.field("seed", pa.int64()),
         ]
     )
-    rows = [
-        {"id": p.id, "source": p.source, "part": part, "turns": list(p.turns), "system": p.system} for p, part in asked
-    ]
+    rows = [asdict(prompt) | {"turns": list(prompt.turns), "part": part} for prompt, part in asked]
     return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
-    return Prompt(id=row["id"], source=row["source"], turns=tuple(row["turns"]), system=row["system"])
+    given = {name: row[name] for name in Prompt.__dataclass_fields__}
+    return Prompt(**given | {"turns": tuple(row["turns"])})

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from pipelines.errors import ConfigError
 
@@ -32,8 +41,18 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def _one_or_several(value: Any) -> Any:
+    return (str(value),) if isinstance(value, (str, Path)) else value
+
+
+def _absolute_source(source: str) -> str:
+    return source if "://" in source else str(_absolute(Path(source)))
+
+
 NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute_source)]
+Sources = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_one_or_several)]
 
 
 class Section(BaseModel):
@@ -69,13 +88,33 @@ class RaySection(Section):
     object_store_mb: PositiveInt | None = None
 
 
-class PromptsSection(Section):
-    """What is asked. `path` null is the built-in set; a file is JSONL or Parquet of any common shape.
+class SelfPromptSection(Section):
+    """How many prompts the backbone writes itself, and how (after Magpie, arXiv 2406.08464).
 
-    `calibration_share` of a file's prompts calibrate the tree and are never trained on. Limits null mean all.
+    It continues the chat template's open user turn, sampled, a seed per row. Degenerate turns are dropped, and so is
+    one whose character 5-grams have a Jaccard similarity of `max_similarity` or more with those of an earlier one.
+    At most `max_tries` × `num` turns are written.
     """
 
-    path: AbsolutePath | None = None
+    num: NonNegativeInt = 0
+    max_tokens: PositiveInt = 128
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: NonNegativeInt = 0
+    max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.5
+    max_tries: Annotated[float, Field(ge=1)] = 4.0
+
+
+class PromptsSection(Section):
+    """What is asked. `path` is a file, folder or glob of any common shape, local or a URI (s3://, gs://), or several.
+
+    Without a path they are the `self_prompt.num` that the backbone writes itself; with neither, the built-in ones.
+    `calibration_share` of them (the built-in set has its own) calibrate the tree and are never trained on. Limits null
+    mean all.
+    """
+
+    path: Sources | None = None
+    self_prompt: SelfPromptSection = SelfPromptSection()
     limit: PositiveInt | None = None
     calibration_limit: PositiveInt | None = None
     calibration_share: Share = 0.1
@@ -83,10 +122,13 @@ class PromptsSection(Section):
 
 
 class DistillSection(Section):
-    """How the backbone answers. `heads` ("default", a folder, "none") only speed it up: greedy output is the same.
+    """How the backbone answers; a prompt may carry a temperature, top-p or seed of its own.
 
-    `rows_per_file` prompts are answered and committed together. `cpus_per_actor` is Ray's logical share;
-    `threads` are real ones, null divides the machine's cores among the actors.
+    `heads` ("default", a folder, "none") only speed it up: the text is the same. `tree_nodes` null takes their own tree
+    for small batches and plain decoding for large ones, which use the arithmetic that a tree would spend (see
+    `answering`); 1 is plain decoding always. `rows_per_file` prompts are answered and committed together, fewer where
+    that would leave actors idle. `cpus_per_actor` is Ray's logical share; `threads` are real ones, null divides the
+    machine's cores among the actors.
     """
 
     max_tokens: PositiveInt = 256
@@ -94,9 +136,10 @@ class DistillSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: NonNegativeInt = 0
     heads: NameOrFolder = "default"
+    tree_nodes: PositiveInt | None = None
     num_actors: PositiveInt = 1
-    batch_size: PositiveInt = 8
-    rows_per_file: PositiveInt = 64
+    batch_size: PositiveInt = 32
+    rows_per_file: PositiveInt = 128
     context_length: PositiveInt = 2048
     cpus_per_actor: PositiveFloat = 0.5
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0

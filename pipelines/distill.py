@@ -1,34 +1,30 @@
 """Self-distillation: the backbone answers prompts on a Ray Data actor pool, into Parquet. Knows no training.
 
-An answer is committed by renaming a whole file into the folder, so a file there is complete. A rerun answers only what
-is missing, and first takes over the complete files of a run that died.
+Whatever kills it, a rerun answers only what is missing (see `pool`). One MLflow run tells of the job, over all reruns.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
+import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from typing import Any
 
 from pipelines.answering import Answerer, prompt_table
 from pipelines.cluster import ray_session
 from pipelines.config import Config
-from pipelines.errors import ConfigError, StageError
+from pipelines.errors import ConfigError
+from pipelines.job_log import JobLog
+from pipelines.pool import Pool, Watch
 from pipelines.prompts import Prompt, prompt_parts
 from pipelines.records import CALIBRATION, TRAIN, answer_files, sampling_key, scan
-from pipelines.stage import Progress, Step, ignore_progress, main, polled
+from pipelines.self_prompt import self_prompts
+from pipelines.stage import Progress, Step, ignore_progress, main
 
 logger = logging.getLogger(__name__)
-
-_RUN = ".run-"  # folders of runs under way; hidden from `answer_files`
-_LOCK_TIMEOUT_S = 5.0
 
 Asked = tuple[Prompt, str]
 
@@ -43,121 +39,105 @@ class DistillResult:
     num_failed: int
     num_answers: int
     num_tokens: int
+    tokens_per_s: float | None
+    finish_reasons: dict[str, int]
 
     @property
     def summary(self) -> str:
-        failed = f", {self.num_failed} failed (see the error column)" if self.num_failed else ""
+        failed = f", {self.num_failed} failed: see the error column, distill.retry_errors=true asks them again"
+        speed = "" if self.tokens_per_s is None else f" at {self.tokens_per_s:.0f} tokens/s"
+        reasons = ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
         return (
             f"{self.num_answers} answers, {self.num_tokens} tokens in {self.folder} "
-            f"({self.num_asked} prompts asked now, {self.num_done_before} were done{failed})"
+            f"({self.num_asked} prompts asked now{speed}, {self.num_done_before} were done; {reasons or 'no answer'}"
+            f"{failed if self.num_failed else ''})"
         )
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> DistillResult:
     """Answer every prompt that has no answer yet. Raises ConfigError, PromptError, StageError."""
-    parts = prompt_parts(config.prompts)
-    wanted: list[Asked] = [(p, TRAIN) for p in parts.train] + [(p, CALIBRATION) for p in parts.calibration]
-    folder = config.layout.distilled
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=_LOCK_TIMEOUT_S):
-            adopt(folder)
-            done = _done(folder, config)
-            missing = [asked for asked in wanted if asked[0].id not in done]
-            progress(Step(done=len(wanted) - len(missing), total=len(wanted), note="prompts"))
-            if missing:
-                with ray_session(config):
-                    _answer(missing, folder, config, progress)
-    except Timeout:
-        raise StageError(f"another distillation is writing to {folder}; wait for it, or use another workdir") from None
-    return _result(folder, wanted, missing)
+    pool = Pool(
+        folder=config.layout.distilled,
+        key="prompt_id",
+        worker=Answerer,
+        args=(config.backbone, config.distill),
+        settings=config.distill,
+    )
+    wanted = _wanted(config, progress)
+    with pool.alone():
+        _refuse_other_settings(pool.folder, config)
+        known = pool.done()
+        done = {key for key, failed in known.items() if not (failed and config.distill.retry_errors)}
+        missing = [asked for asked in wanted if asked[0].id not in done]
+        progress(Step(done=len(wanted) - len(missing), total=len(wanted), note="prompts"))
+        watch = _answer(missing, len(wanted), pool, config, progress) if missing else None
+    return _result(pool.folder, wanted, missing, watch)
 
 
-def adopt(folder: Path) -> int:
-    """Commit the complete files of runs that died, drop the torn ones; how many rows were saved."""
-    saved = 0
-    for run_folder in sorted(folder.glob(f"{_RUN}*")):
-        for file in sorted(run_folder.glob("*.parquet")):
-            try:
-                rows = pq.read_metadata(file).num_rows  # the footer is written last
-            except (pa.ArrowInvalid, OSError):
-                logger.warning("%s was cut off while it was written; its prompts are asked again", file.name)
-                continue
-            saved += rows
-            _commit(file, folder, run_folder.name.removeprefix(_RUN))
-        shutil.rmtree(run_folder)
-    return saved
+def _wanted(config: Config, progress: Progress) -> list[Asked]:
+    own = self_prompts(config, progress) if config.prompts.self_prompt.num else ()
+    parts = prompt_parts(config.prompts, own)
+    return [(p, TRAIN) for p in parts.train] + [(p, CALIBRATION) for p in parts.calibration]
 
 
-def _done(folder: Path, config: Config) -> set[str]:
-    """Ids of the prompts that need no answer. Raises ConfigError when the folder was made with other settings."""
-    asked_now, done, failed = sampling_key(config.distill), set(), set()
-    for row in scan(folder, ["prompt_id", "sampling", "error"]):
+def _refuse_other_settings(folder: Path, config: Config) -> None:
+    """ConfigError where the folder was made with other settings than those asked for."""
+    asked_now = sampling_key(config.distill)
+    for row in scan(folder, ["sampling"]):
         if row["sampling"] != asked_now:
             raise ConfigError(
                 f"{folder} holds answers made with {row['sampling']}, asked for is {asked_now}; use another workdir, or remove it"
             )
-        done.add(row["prompt_id"])
-        if row["error"] is not None:
-            failed.add(row["prompt_id"])
-    return done - failed if config.distill.retry_errors else done
 
 
-def _answer(missing: list[Asked], folder: Path, config: Config, progress: Progress) -> None:
-    """Run the actor pool over `missing`, a block of `rows_per_file` prompts at a time, and commit its files."""
-    import ray.data
-    from ray.data import SaveMode
+def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> Watch:
+    with JobLog(config, f"distill-{_job(pool.folder)}", _params(config, total)) as log:
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `progress` tells what is under way
-    settings = config.distill
-    run_folder = folder / f"{_RUN}{uuid.uuid4().hex[:8]}"
-    run_folder.mkdir()
-    size = settings.rows_per_file
-    blocks = [prompt_table(missing[start : start + size]) for start in range(0, len(missing), size)]
-    answers = ray.data.from_arrow(blocks).map_batches(
-        Answerer,
-        fn_constructor_args=(config.backbone, settings),
-        batch_format="pyarrow",
-        batch_size=size,
-        compute=ray.data.ActorPoolStrategy(size=min(settings.num_actors, len(blocks))),
-        num_cpus=settings.cpus_per_actor if not settings.gpus_per_actor else None,
-        num_gpus=settings.gpus_per_actor or None,
-    )
+        def told(step: Step) -> None:
+            progress(step)
+            log.metrics(_metrics(watch), step=watch.done)
 
-    def written() -> Step:
-        rows = sum(pq.read_metadata(file).num_rows for file in run_folder.glob("*.parquet"))
-        return Step(done=min(rows, len(missing)), total=len(missing), note="prompts")
-
-    with polled(written, progress):
-        answers.write_parquet(str(run_folder), mode=SaveMode.APPEND)
-    adopt(folder)
-    progress(Step(done=len(missing), total=len(missing), note="prompts"))
+        watch = Watch(told, key="prompt_id", done_before=total - len(missing), total=total, clock=time.monotonic)
+        with ray_session(config):
+            pool.run(prompt_table(missing), watch)
+    return watch
 
 
-def _commit(file: Path, folder: Path, run_name: str) -> None:
-    os.replace(file, folder / f"{run_name}-{file.name}")
+def _job(folder: Path) -> str:
+    """Names the job of a folder, for every run that works on it."""
+    file = folder / ".job"
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex[:12], encoding="ascii")
+    return file.read_text(encoding="ascii").strip()
 
 
-def _result(folder: Path, wanted: list[Asked], missing: list[Asked]) -> DistillResult:
-    answered: dict[str, int] = {}
-    failed: set[str] = set()
-    for row in scan(folder, ["id", "response_ids", "error"]):
-        if row["error"] is None:
-            answered[row["id"]] = len(row["response_ids"])
-        else:
-            failed.add(row["id"])
+def _params(config: Config, total: int) -> dict[str, Any]:
+    settings = config.distill.model_dump(mode="json", exclude={"retry_errors"})
+    return {"backbone": config.backbone.name, "num_prompts": total} | {f"distill.{k}": v for k, v in settings.items()}
+
+
+def _metrics(watch: Watch) -> dict[str, float]:
+    return {"tokens": watch.tokens, "tokens_per_s": watch.tokens_per_s} | {
+        f"finish_{name}": count for name, count in watch.reasons.items()
+    }
+
+
+def _result(folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watch | None) -> DistillResult:
+    num_tokens, reasons = 0, Counter[str]()
+    for row in scan(folder, ["response_ids", "finish_reason", "error"]):
+        reasons[row["finish_reason"] if row["error"] is None else "error"] += 1
+        num_tokens += len(row["response_ids"])
     assert answer_files(folder) or not wanted
+    failed = reasons.pop("error", 0)
     return DistillResult(
         folder=folder,
         num_asked=len(missing),
         num_done_before=len(wanted) - len(missing),
-        num_failed=len(failed - answered.keys()),
-        num_answers=len(answered),
-        num_tokens=sum(answered.values()),
+        num_failed=failed,
+        num_answers=reasons.total(),
+        num_tokens=num_tokens,
+        tokens_per_s=watch.tokens_per_s if watch else None,
+        finish_reasons=dict(reasons),
     )
 
 

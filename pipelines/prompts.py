@@ -1,12 +1,13 @@
-"""Prompts of any common shape, and the built-in ones. Knows text and files; knows no tokens, no model, no Ray.
+"""Prompts of any common shape, and the built-in ones. Knows text; knows no files' formats, no tokens, no model, no Ray.
 
-Shapes of a JSONL line or Parquet row, the first that fits:
+Shapes of a record, the first that fits:
     messages       OpenAI chat      [{"role": "user", "content": …}, …]
     conversations  ShareGPT         [{"from": "human", "value": …}, …]
     turns          MT-Bench         ["first question", "second question"]
     instruction    Alpaca           with an optional "input"
     prompt | text | question        plain text
-Only what the user said (and a system message) is kept: the backbone writes the answers itself, turn by turn.
+Only what the user said (and a system message) is kept: the backbone writes the answers itself, turn by turn. A record
+may carry its own `id`, `source` (or `category`), `temperature`, `top_p` and `seed`.
 """
 
 from __future__ import annotations
@@ -14,31 +15,39 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medusa.errors import PromptError
 from pipelines.builtin_prompts import BUILTIN, NUM_CALIBRATION, NUM_TRAIN
 from pipelines.config import EvaluateSection, PromptsSection
-from pipelines.errors import ConfigError
+from pipelines.prompt_files import find_files
 
 logger = logging.getLogger(__name__)
 
 _USER, _SYSTEM = {"user", "human", "prompter"}, {"system"}
 _PLAIN = ("prompt", "text", "question")
+_ALL_TOLD = 20  # bad records that are named one by one; the rest are counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One conversation's user side: `turns` in order, none empty. `id` is unique among the prompts read together."""
+    """One conversation's user side: `turns` in order, none empty. `id` is unique among the prompts read together.
+
+    Sampling settings that are None are the configured ones.
+    """
 
     id: str
     source: str
     turns: tuple[str, ...]
     system: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +58,15 @@ class Parts:
     calibration: tuple[Prompt, ...]
 
 
-def prompt_parts(config: PromptsSection) -> Parts:
-    """The prompts that distillation answers, cut to the configured limits. Raises ConfigError, PromptError."""
-    if config.path is None:
+def prompt_parts(config: PromptsSection, self_prompted: Sequence[Prompt] = ()) -> Parts:
+    """The prompts that distillation answers, cut to the configured limits. Raises ConfigError, PromptError.
+
+    `self_prompted` come behind those of the files; without files they stand alone.
+    """
+    if config.path is None and not self_prompted:
         train, calibration = builtin_prompts("train"), builtin_prompts("calibration")
     else:
-        prompts = read_prompts(config.path)
+        prompts = [*(read_prompts(config.path) if config.path is not None else ()), *self_prompted]
         calibration = [prompt for prompt in prompts if share_of(prompt.id, "calibration") < config.calibration_share]
         chosen = {prompt.id for prompt in calibration}
         train = [prompt for prompt in prompts if prompt.id not in chosen]
@@ -84,29 +96,40 @@ def builtin_prompts(part: str) -> list[Prompt]:
     ]
 
 
-def read_prompts(path: Path, *, report: Callable[[str], None] = logger.warning) -> list[Prompt]:
-    """Every prompt of a JSONL or Parquet file, in its order; equal ones once.
+def read_prompts(
+    path: str | Path | Sequence[str | Path], *, report: Callable[[str], None] = logger.warning
+) -> list[Prompt]:
+    """Every prompt of a source (see `prompt_files`) or of several, in their order; equal ones once.
 
-    A row that cannot be read is handed to `report` as "file:line: why" and the others go on. Raises ConfigError when
-    the file is missing or of another kind, PromptError when nothing in it is a prompt.
+    A record that is no prompt is handed to `report` as "file:line: why" and the others go on. Where one id names
+    different prompts, each takes an id of its own. Raises ConfigError when a source is missing or damaged, PromptError
+    when nothing in it is a prompt.
     """
-    if not path.is_file():
-        raise ConfigError(f"no prompts file at {path}; give a JSONL or Parquet file, or null for the built-in prompts")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    prompts: dict[str, Prompt] = {}
-    for number, read in rows:
-        try:
-            prompt = parse_prompt(read(), source=path.stem)
-        except ValueError as error:
-            report(f"{path}:{number}: {error}")
-            continue
-        known = prompts.get(prompt.id)
-        if known is not None and known != prompt:
-            prompt = replace(prompt, id=f"{prompt.id}-{_digest(prompt)[:8]}")
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt; each line must be JSON with messages, turns, instruction or prompt")
-    return list(prompts.values())
+    sources = [str(path)] if isinstance(path, (str, Path)) else [str(one) for one in path]
+    found: dict[Prompt, Prompt] = {}
+    first_fault, num_faults = "the files are empty", 0
+    for file in (file for source in sources for file in find_files(source)):
+        for number, read in file.records():
+            try:
+                prompt = parse_prompt(read(), source=file.stem)
+                found.setdefault(replace(prompt, source=""), prompt)
+            except ValueError as error:
+                num_faults += 1
+                first_fault = f"{number}: {error}" if num_faults == 1 else first_fault
+                if num_faults <= _ALL_TOLD:
+                    report(f"{file.name}:{number}: {error}")
+    if num_faults > _ALL_TOLD:
+        report(f"{num_faults - _ALL_TOLD} more records are no prompts")
+    if not found:
+        shapes = "messages, conversations, turns, instruction or prompt"
+        raise PromptError(f"{', '.join(sources)} holds no prompt ({first_fault}); each record must have {shapes}")
+    return _told_apart(list(found.values()))
+
+
+def _told_apart(prompts: list[Prompt]) -> list[Prompt]:
+    """An id that several prompts bear is lengthened for all of them, so that no order of files decides who keeps it."""
+    times = Counter(prompt.id for prompt in prompts)
+    return [replace(p, id=f"{p.id}-{_digest(p)[:12]}") if times[p.id] > 1 else p for p in prompts]
 
 
 def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
@@ -117,7 +140,19 @@ def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
         raise ValueError("no user turn in it")
     if not all(turns):
         raise ValueError("an empty user turn")
-    prompt = Prompt(id="", source=str(row.get("source") or row.get("category") or source), turns=turns, system=system)
+    try:
+        "".join((*turns, system or "")).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in its text, which is not Unicode") from None
+    prompt = Prompt(
+        id="",
+        source=str(row.get("source") or row.get("category") or source),
+        turns=turns,
+        system=system,
+        temperature=_number(row, "temperature", lambda value: value >= 0, "0 or more"),
+        top_p=_number(row, "top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
+        seed=_whole(row, "seed"),
+    )
     given = next((row[key] for key in ("id", "question_id", "conversation_id") if row.get(key) is not None), None)
     return replace(prompt, id=str(given) if given is not None else _digest(prompt))
 
@@ -172,41 +207,28 @@ def _list(row: Mapping[str, Any], key: str) -> list[Any] | None:
     return row[key] if isinstance(row.get(key), list) else None
 
 
+def _number(row: Mapping[str, Any], key: str, fits: Callable[[float], bool], limit: str) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{key} must be {limit}, got {value!r:.40}")
+    return float(value)
+
+
+def _whole(row: Mapping[str, Any], key: str) -> int | None:
+    value = row.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63):
+        raise ValueError(f"{key} must be a whole number in [0, 2**63), got {value!r:.40}")
+    return value
+
+
 def _digest(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps([prompt.system, prompt.turns]).encode()).hexdigest()[:16]
+    """Names what is asked. Settings count only where a record has some."""
+    settings = [prompt.temperature, prompt.top_p, prompt.seed]
+    asked = [prompt.system, prompt.turns] + (settings if any(item is not None for item in settings) else [])
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def _cut(prompts: Iterable[Prompt], max_turns: int) -> tuple[Prompt, ...]:
     return tuple(replace(prompt, turns=prompt.turns[:max_turns]) for prompt in prompts)
-
-
-Row = Callable[[], Mapping[str, Any]]  # reads one record when called; ValueError where it cannot be read
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, partial(_json_object, line)
-
-
-def _json_object(line: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(record, Mapping):
-        raise ValueError(f"expected a JSON object, got a {type(record).__name__}")  # noqa: TRY004
-    return record
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{path} is not a Parquet file: {error}") from None
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield number, partial(dict, row)

@@ -29,6 +29,9 @@ ANSWERS = pa.schema(
         pa.field("response", pa.string(), nullable=False),
         pa.field("finish_reason", pa.string()),  # "stop", "length"; null where the turn failed
         pa.field("sampling", pa.string(), nullable=False),  # see sampling_key
+        pa.field("temperature", pa.float64()),  # what this row was sampled with: its prompt's own, or the configured
+        pa.field("top_p", pa.float64()),
+        pa.field("seed", pa.int64()),  # of the row, made from the configured seed and its id
         pa.field("backbone", pa.string(), nullable=False),  # fingerprint
         pa.field("error", pa.string()),  # null where the turn was answered
     ]
@@ -83,7 +86,8 @@ def read_answers(folder: Path, part: str) -> Answers:
 
     Raises StageError when there are none, or when they come from several backbones.
     """
-    rows = {row["id"]: row for row in scan(folder) if row["part"] == part and row["error"] is None}
+    found = (row for row in scan(folder) if row["part"] == part and row["error"] is None)
+    rows = {(row["id"], row["prompt_id"]): row for row in found}  # "p/2" may be a turn of "p", or a prompt
     if not rows:
         raise StageError(f"no {part} answers in {folder}; run `distill` first")
     ordered = [rows[key] for key in sorted(rows)]

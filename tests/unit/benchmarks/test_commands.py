@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import medusa
-from benchmarks import acceptance, bench, command, training
+from benchmarks import acceptance, bench, command, distillation, training
 from medusa.checkpoint import save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
@@ -68,6 +68,27 @@ def test_without_sizes_the_models_own_tree_is_measured(tiny_folder: Path, heads_
     assert size == "3"
     assert set(by_category) == {*(prompt.category for prompt in bench.built_in()), "all"}
     assert min(by_category.values()) <= by_category["all"] <= max(by_category.values())
+
+
+def test_distillation_writes_every_row_to_its_length_at_every_batch_size(
+    tiny_folder: Path, heads_folder: Path, tmp_path: Path
+) -> None:
+    distillation.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
+        batch=[2, 3], tree=[1, 3], max_tokens=NUM_TOKENS, rows=5, repeats=2, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("distillation-*.json")
+    figures = json.loads(record.read_text())["figures"]
+    assert figures.keys() == {f"{name}, batch {size}" for name in ("plain", "tree of 3") for size in (2, 3)}
+    assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in figures.values())
+
+    model = medusa.load(tiny_folder, heads=heads_folder, dtype="float32")
+    rows = [[5, 6, 7], [8] * 9, [9]]
+    for nodes in (1, 3):
+        pass_ = distillation.run_once(model, distillation.Contender(batch=2, nodes=nodes), rows, num_tokens=NUM_TOKENS)
+        assert pass_.num_tokens == 3 * NUM_TOKENS
+        assert pass_.num_steps <= 3 * (NUM_TOKENS - 1)
+        assert (pass_.num_steps == 3 * (NUM_TOKENS - 1)) or nodes > 1
 
 
 def test_a_tree_that_the_heads_cannot_fill_is_refused(tiny_folder: Path, heads_folder: Path) -> None:

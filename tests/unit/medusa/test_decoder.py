@@ -142,8 +142,8 @@ def test_after_any_steps_the_cache_is_that_of_a_fresh_forward(family: str, tree:
         fresh = backbone.new_cache(num_slots=1, capacity=128)
         with torch.inference_mode():
             hidden = backbone.step(torch.tensor([text]), chain_placement(len(text)), fresh)
-        kept = decoder.cache.store[:, slot, : len(text)]
-        torch.testing.assert_close(kept, fresh.store[:, 0, : len(text)], rtol=1e-9, atol=1e-9)
+        kept = decoder.cache.store[:, slot, :, : len(text)]
+        torch.testing.assert_close(kept, fresh.store[:, 0, :, : len(text)], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(decoder.hidden[slot], hidden[0, -1], rtol=1e-9, atol=1e-9)
 
 
@@ -164,7 +164,7 @@ def test_nan_of_a_former_tenant_does_not_leak_through_masked_slots() -> None:
     rows = SamplingRows.of(params, backbone.device)
     clean = [decoder.prefill(0, [prompt], rows), *decoder.step(1, rows).tokens]
     decoder.cache.begin(first_slot=0, offsets=torch.tensor([0]), num_new=1, length=64)
-    decoder.cache.store[:, 0, :64] = float("nan")
+    decoder.cache.store[:, 0, :, :64] = float("nan")
     decoder.free(0)
     assert [decoder.prefill(0, [prompt], rows), *decoder.step(1, rows).tokens] == clean
 

@@ -30,7 +30,9 @@ def write(store: KVCache, first_slot: int, offsets: list[int], num_new: int, bas
 
 
 def held(store: KVCache, slot: int, layer: int = 0) -> list[float]:
-    return store.store[2 * layer, slot, :, 0, 0].tolist()
+    one, *others = store.store[2 * layer, slot].permute(0, 2, 1).flatten(0, 1).tolist()  # each head and each component
+    assert all(other == one for other in others)
+    return one
 
 
 def test_rows_write_behind_their_own_offsets_and_nowhere_else() -> None:

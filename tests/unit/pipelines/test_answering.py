@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,11 +8,23 @@ import pyarrow.parquet as pq
 import pytest
 
 import medusa
+from medusa.config import HeadsConfig
 from medusa.engine import Engine
-from pipelines.answering import answer_prompts, turn_id
+from medusa.heads import MedusaHeads
+from pipelines.answering import (
+    TREE_BATCH_LIMIT,
+    answer_prompts,
+    cache_bytes,
+    choose_tree,
+    make_engine,
+    prompt_table,
+    sampling_seed,
+    turn_id,
+)
+from pipelines.answering import _prompt as _read
 from pipelines.config import Config, DistillSection
-from pipelines.distill import adopt
 from pipelines.errors import StageError
+from pipelines.pool import adopt
 from pipelines.prompts import Prompt
 from pipelines.records import ANSWERS, CALIBRATION, TRAIN, read_answers, sampling_key, scan
 
@@ -84,6 +97,79 @@ def test_sampled_answers_depend_on_seed_and_id_alone(model: medusa.Model) -> Non
     again = {row["id"]: row["response_ids"] for row in answer_prompts(model, _engine(model), asked[::-1], settings)}
     assert first == again
     assert len({tuple(ids) for ids in first.values()}) > 1
+
+
+def test_turns_of_many_chats_share_a_batch_and_each_is_as_it_would_be_alone(model: medusa.Model) -> None:
+    asked = [(_prompt(f"p{i}", *(f"turn {turn} of {i}" for turn in range(1 + i % 3))), TRAIN) for i in range(7)]
+    asked.append((_prompt("long", "short", "word " * 200, "never asked"), TRAIN))
+    rows = answer_prompts(model, _engine(model), asked, SETTINGS)
+    together = {row["id"]: row for row in rows}
+    assert len(together) == len(rows) == sum(1 + i % 3 for i in range(7)) + 2
+    for one in asked:
+        alone = answer_prompts(model, _engine(model), [one], SETTINGS)
+        assert alone == [together[row["id"]] for row in alone]
+    assert "context" in together["long/2"]["error"]
+    assert "long/3" not in together
+
+
+def test_a_prompts_own_settings_win_over_the_configured(model: medusa.Model) -> None:
+    warm = SETTINGS.model_copy(update={"temperature": 1.0, "top_p": 0.9})
+    own = Prompt(id="p", source="test", turns=("a question",), temperature=1.0, top_p=0.9)
+    (configured,) = answer_prompts(model, _engine(model), [(_prompt("p", "a question"), TRAIN)], warm)
+    (given,) = answer_prompts(model, _engine(model), [(own, TRAIN)], SETTINGS)
+    assert given | {"sampling": ""} == configured | {"sampling": ""}
+    assert (given["temperature"], given["top_p"], given["seed"]) == (1.0, 0.9, sampling_seed(SETTINGS.seed, "p"))
+    (other,) = answer_prompts(model, _engine(model), [(replace(own, seed=9), TRAIN)], SETTINGS)
+    assert other["response_ids"] != given["response_ids"]
+    table = prompt_table([(replace(own, seed=9), TRAIN), (_prompt("q", "x", "y", system="s"), CALIBRATION)])
+    assert [_read(row) for row in table.to_pylist()] == [replace(own, seed=9), _prompt("q", "x", "y", system="s")]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_heads_change_the_number_of_steps_and_not_the_text(model: medusa.Model, temperature: float) -> None:
+    heads = MedusaHeads(
+        HeadsConfig(num_heads=2), hidden_size=model.backbone.hidden_size, vocab_size=model.backbone.vocab_size
+    )
+    fast = medusa.Model(model.backbone, heads)
+    nodes = fast.tree.num_nodes
+    settings = SETTINGS.model_copy(update={"temperature": temperature, "tree_nodes": nodes, "batch_size": 3})
+    asked = [(_prompt(f"p{i}", f"question {i}", "and then?"), TRAIN) for i in range(5)]
+    engine = make_engine(fast, settings)
+    assert engine.tree.num_nodes == nodes > 1
+    rows = {row["id"]: row for row in answer_prompts(fast, engine, asked, settings)}
+    assert rows == {row["id"]: row for row in answer_prompts(model, _engine(model), asked, settings)}
+
+
+def test_a_large_batch_decodes_plainly_unless_a_tree_is_asked_for(model: medusa.Model) -> None:
+    heads = MedusaHeads(
+        HeadsConfig(num_heads=2), hidden_size=model.backbone.hidden_size, vocab_size=model.backbone.vocab_size
+    )
+    fast = medusa.Model(model.backbone, heads)
+    limit = TREE_BATCH_LIMIT["cpu"]
+    sizes = {
+        (batch, nodes): choose_tree(fast, DistillSection(batch_size=batch, tree_nodes=nodes)).num_nodes
+        for batch in (limit, limit + 1)
+        for nodes in (None, 1, fast.tree.num_nodes)
+    }
+    own = fast.tree.num_nodes
+    assert sizes == {
+        (limit, None): own, (limit, 1): 1, (limit, own): own,
+        (limit + 1, None): 1, (limit + 1, 1): 1, (limit + 1, own): own,
+    }  # fmt: skip
+
+
+def test_too_little_memory_says_what_to_lower(model: medusa.Model) -> None:
+    bytes_of_one = cache_bytes(model, 1, 100)
+    assert cache_bytes(model, 3, 200) == 6 * bytes_of_one
+    assert bytes_of_one == model.backbone.new_cache(num_slots=1, capacity=100).store.nbytes
+    with pytest.raises(StageError, match=r"lower distill\.batch_size or distill\.context_length"):
+        make_engine(model, DistillSection(batch_size=10**9))
+
+
+def test_ids_that_look_like_a_turn_of_another_prompt_stay_apart(tmp_path: Path) -> None:
+    rows = [_row("p"), _row("p/2", prompt_id="p"), _row("p/2", response_ids=[9])]
+    pq.write_table(_table(rows), tmp_path / "1.parquet")
+    assert sorted(row.prompt_id for row in read_answers(tmp_path, TRAIN).rows) == ["p", "p", "p/2"]
 
 
 def test_reading_drops_failures_and_doubles_and_keeps_parts_apart(tmp_path: Path) -> None:

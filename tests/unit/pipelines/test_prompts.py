@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,17 @@ import pytest
 
 from medusa.errors import PromptError
 from pipelines.builtin_prompts import BUILTIN
-from pipelines.config import EvaluateSection, PromptsSection
+from pipelines.config import Config, EvaluateSection, PromptsSection, dump_config, load_config
 from pipelines.errors import ConfigError
-from pipelines.prompts import builtin_prompts, evaluation_prompts, parse_prompt, prompt_parts, read_prompts, share_of
+from pipelines.prompts import (
+    Prompt,
+    builtin_prompts,
+    evaluation_prompts,
+    parse_prompt,
+    prompt_parts,
+    read_prompts,
+    share_of,
+)
 
 SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str | None]] = [
     ({"prompt": "a"}, ("a",), None),
@@ -70,6 +79,11 @@ def test_each_shape_gives_the_users_turns(row: dict[str, Any], turns: tuple[str,
         {"messages": [{"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "user", "content": None}]},
+        {"prompt": "half \ud83d of a character"},
+        {"prompt": "a", "temperature": -1},
+        {"prompt": "a", "temperature": float("nan")},
+        {"prompt": "a", "top_p": 0},
+        {"prompt": "a", "seed": 1.5},
     ],
 )
 def test_what_is_no_prompt_is_refused(row: dict[str, Any]) -> None:
@@ -94,11 +108,29 @@ def test_jsonl_and_parquet_of_the_same_rows_are_the_same_prompts(tmp_path: Path)
     assert read_prompts(tmp_path / "p.jsonl") == read_prompts(tmp_path / "p.parquet")
 
 
-def test_two_prompts_with_one_id_both_stay_under_different_ids(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
-    prompts = read_prompts(file)
-    assert len({prompt.id for prompt in prompts}) == len(prompts) == 2
+def test_prompts_with_one_id_are_told_apart_in_any_order_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "prompt": "a"}\n{"id": 2, "prompt": "c"}\n{"id": 1, "prompt": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"id": 1, "prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
+    one = read_prompts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    two = read_prompts([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])
+    assert [prompt.turns[0] for prompt in one] == ["a", "c", "b"]
+    ids = {prompt.turns: prompt.id for prompt in one}
+    assert ids == {prompt.turns: prompt.id for prompt in two}
+    assert len(set(ids.values())) == 3
+    assert ids["c",] == "2"
+
+
+def test_equal_prompts_without_ids_in_two_files_are_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "same"}\n')
+    (prompt,) = read_prompts(tmp_path)
+    assert prompt.source == "a"
+
+
+def test_a_row_may_carry_its_own_sampling(tmp_path: Path) -> None:
+    prompt = parse_prompt({"prompt": "a", "temperature": 1, "top_p": 0.5, "seed": 7}, source="s")
+    assert (prompt.temperature, prompt.top_p, prompt.seed) == (1.0, 0.5, 7)
+    assert prompt.id != parse_prompt({"prompt": "a"}, source="s").id
 
 
 def test_missing_foreign_and_empty_files_are_named(tmp_path: Path) -> None:
@@ -129,7 +161,7 @@ def test_a_files_parts_are_disjoint_stable_and_cut(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     lines = [json.dumps({"turns": [f"p{i}", "more", "and more"]}) for i in range(200)]
     file.write_text("\n".join(lines))
-    config = PromptsSection(path=file, calibration_share=0.25, max_turns=2)
+    config = PromptsSection(path=(str(file),), calibration_share=0.25, max_turns=2)
     parts = prompt_parts(config)
     train, calibration = {p.id for p in parts.train}, {p.id for p in parts.calibration}
     assert not train & calibration
@@ -146,6 +178,33 @@ def test_evaluation_takes_first_turns_of_the_mt_bench_shape(tmp_path: Path) -> N
     file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
     (prompt,) = evaluation_prompts(EvaluateSection(path=file))
     assert (prompt.id, prompt.turns) == ("81", ("one",))
+
+
+def test_sources_are_absolute_paths_and_uris_one_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load = partial(load_config, None)
+    assert load(["prompts.path=p.jsonl"]).prompts.path == (f"{tmp_path}/p.jsonl",)
+    several = load(["prompts.path=[s3://bucket/p/*.parquet, data/*.jsonl]"])
+    assert several.prompts.path == ("s3://bucket/p/*.parquet", f"{tmp_path}/data/*.jsonl")
+    assert load_config(_dumped(several, tmp_path / "c.yaml")) == several
+    for nothing in ("[]", "''"):
+        with pytest.raises(ConfigError, match=r"prompts\.path"):
+            load([f"prompts.path={nothing}"])
+
+
+def _dumped(config: Config, file: Path) -> Path:
+    file.write_text(dump_config(config))
+    return file
+
+
+def test_self_written_prompts_stand_alone_or_behind_those_of_the_files(tmp_path: Path) -> None:
+    own = [Prompt(id=f"self-{i}", source="self", turns=(f"written {i}",)) for i in range(8)]
+    alone = prompt_parts(PromptsSection(calibration_share=0.0), own)
+    assert (alone.train, alone.calibration) == (tuple(own), ())
+    (tmp_path / "p.jsonl").write_text('{"id": "file", "prompt": "given"}\n')
+    both = prompt_parts(PromptsSection(path=(f"{tmp_path}/p.jsonl",), calibration_share=0.0), own)
+    assert [prompt.id for prompt in both.train] == ["file", *(prompt.id for prompt in own)]
+    assert prompt_parts(PromptsSection()).train == tuple(builtin_prompts("train"))
 
 
 def test_shares_are_uniform_and_differ_by_purpose() -> None:
