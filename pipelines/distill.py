@@ -7,6 +7,7 @@ is missing, and first takes over the complete files of a run that died.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipelines.answering import Answerer, prompt_table
-from pipelines.cluster import ray_session
+from pipelines.cluster import Need, ray_session, require
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.prompts import Prompt, prompt_parts
@@ -114,6 +115,7 @@ def _answer(missing: list[Asked], folder: Path, config: Config, progress: Progre
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `progress` tells what is under way
     settings = config.distill
+    require(config, actors_needed(config, len(missing)))
     run_folder = folder / f"{_RUN}{uuid.uuid4().hex[:8]}"
     run_folder.mkdir()
     size = settings.rows_per_file
@@ -136,6 +138,20 @@ def _answer(missing: list[Asked], folder: Path, config: Config, progress: Progre
         answers.write_parquet(str(run_folder), mode=SaveMode.APPEND)
     adopt(folder)
     progress(Step(done=len(missing), total=len(missing), note="prompts"))
+
+
+def actors_needed(config: Config, num_prompts: int) -> Need:
+    """What the actor pool holds of the cluster. The tasks that feed it run between its shares."""
+    settings = config.distill
+    each = {"CPU": settings.cpus_per_actor}
+    if settings.gpus_per_actor:
+        each = {"GPU": settings.gpus_per_actor}
+    return Need(
+        what="distillation actors",
+        count=min(settings.num_actors, math.ceil(num_prompts / settings.rows_per_file)),
+        each=each,
+        lower="distill.num_actors, distill.cpus_per_actor or distill.gpus_per_actor",
+    )
 
 
 def _commit(file: Path, folder: Path, run_name: str) -> None:
