@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, with its Jobs API, all on loopback and on ports of its own.
+"""A real Ray cluster of several nodes on this machine, its Jobs API on loopback, all on ports of its own.
 
 Knows `ray start`, nothing of what runs on it. Each node has a folder of its own to run in, so that
 `/proc/self/cwd/x` names another place on each: a path that the nodes do not share.
@@ -50,14 +50,14 @@ class LocalCluster:
     """A head and nodes that join it. `close` ends every process that was started here, and removes its folder."""
 
     def __init__(self, *, num_cpus: int = 2) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # noqa: S108  sockets want short paths
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets want short paths
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         port, dashboard, client = free_ports(3)
         self.address = f"127.0.0.1:{port}"
         self.jobs_address = f"http://127.0.0.1:{dashboard}"
         head = [
             "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-            f"--ray-client-server-port={client}", "--include-dashboard=true", f"--temp-dir={self.folder / 't'}",
+            f"--ray-client-server-port={client}", "--include-dashboard=true",
         ]  # fmt: skip
         try:
             self._start("head", head, num_cpus=num_cpus, resources={})
@@ -89,6 +89,7 @@ class LocalCluster:
 
     def _start(self, name: str, arguments: list[str], *, num_cpus: int, resources: Mapping[str, float]) -> None:
         (agent,) = free_ports(1)
+        assert name not in self._nodes
         cwd = self.cwd(name)
         cwd.mkdir()
         listed = ", ".join(f'"{key}": {value}' for key, value in resources.items())
@@ -97,6 +98,8 @@ class LocalCluster:
             f"--num-cpus={num_cpus}", "--num-gpus=0", f"--object-store-memory={_STORE_BYTES}",
             f"--dashboard-agent-listen-port={agent}", "--min-worker-port=0", "--max-worker-port=0",
             f"--resources={{{listed}}}", "--disable-usage-stats",
+            # Its own, or the nodes of one machine delete each other's copies of a job's sources.
+            f"--temp-dir={cwd / 'ray'}",
         ]  # fmt: skip
         with (self.folder / f"{name}.log").open("wb") as log:
             self._nodes[name] = subprocess.Popen(
