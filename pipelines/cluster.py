@@ -95,8 +95,8 @@ def cluster_address(config: Config) -> str | None:
     if address is not None and "://" in address:
         name = "ray.address" if setting else "RAY_ADDRESS"
         raise ConfigError(
-            f"{name}={address} is not a node of a cluster: give host:port or auto there, or submit with "
-            f"`ray job submit --address … --working-dir . -- python -m pipelines.run …`"
+            f"{name}={address} is not a node of a cluster: give host:port, auto or local as ray.address, or submit with "
+            "`ray job submit --working-dir . -- python -m pipelines.run …`"
         )
     return address
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,12 +27,16 @@ _NOT_INHERITED = {"PYTHONPATH", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    with contextlib.ExitStack() as open_:
-        sockets = [open_.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that nothing listens on, all different, from below the range that the system deals out by itself: it could
+    deal one to another process before its owner here has begun to listen.
+    """
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def wait_until(true: Callable[[], bool], *, timeout_s: float, what: str) -> None:
@@ -40,9 +46,9 @@ def wait_until(true: Callable[[], bool], *, timeout_s: float, what: str) -> None
         time.sleep(0.2)
 
 
-def listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+        return response.status == 200
     return False
 
 
@@ -61,7 +67,7 @@ class LocalCluster:
         ]  # fmt: skip
         try:
             self._start("head", head, num_cpus=num_cpus, resources={})
-            wait_until(lambda: listening(port) and listening(dashboard), timeout_s=_READY_S, what="the head's ports")
+            wait_until(lambda: answers(f"{self.jobs_address}/api/version"), timeout_s=_READY_S, what="the Jobs API")
         except BaseException:
             self.close()
             raise
