@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipelines.answering import Answerer, prompt_table
-from pipelines.cluster import Need, ray_session, require
+from pipelines.capacity import Need, require
+from pipelines.cluster import ray_session
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.prompts import Prompt, prompt_parts

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import MedusaError
-from pipelines.cluster import Need, ray_session, require
+from pipelines.capacity import Need, require
+from pipelines.cluster import ray_session
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.records import TRAIN, Answers, read_answers

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from pipelines import train
-from pipelines.cluster import Need, ray_session, require
+from pipelines.capacity import Need, require
+from pipelines.cluster import ray_session
 from pipelines.config import Config, load_config
 from pipelines.errors import ConfigError, StageError
 from pipelines.records import TRAIN, read_answers

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cluster import Need, _endpoint, cluster_address, reachable, refuse_job_copy, room_for
+from pipelines.capacity import Need, room_for
+from pipelines.cluster import cluster_address
 from pipelines.config import load_config
 from pipelines.distill import actors_needed
 from pipelines.errors import ConfigError
+from pipelines.nodes import _endpoint, reachable, refuse_job_copy
 from pipelines.train import _workers
 
 
