@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pipelines.capacity import Need, require
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
-from pipelines.nodes import refuse_job_copy, refuse_local_settings
+from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
 from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries
 
 Result = TypeVar("Result", bound=StageResult)
@@ -65,6 +65,15 @@ def cluster_address(config: Config) -> str | None:
     return address
 
 
+def _knock(address: str) -> None:
+    """ConnectionError where nothing listens: `ray.init` would try for minutes, and then end the process."""
+    from ray._private.services import canonicalize_bootstrap_address  # how `ray.init` reads "auto"
+
+    host, _, port = str(canonicalize_bootstrap_address(address)).rpartition(":")
+    if not reachable((host.strip("[]"), int(port))):
+        raise ConnectionError(f"nothing listens at {host}:{port}")
+
+
 def import_environment(config: Config) -> None:
     """What Ray and the others read when they are imported."""
     in_process = IN_PROCESS_ENVIRONMENT if cluster_address(config) is None else {}
@@ -79,8 +88,9 @@ def _start(config: Config) -> None:
     address = cluster_address(config)
     if address is not None:
         try:
+            _knock(address)
             ray.init(address=address, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
             name = f"ray.address={address}" if settings.address else f"RAY_ADDRESS={address}"
             raise StageError(f"no Ray cluster at {name} ({reason}); start one, or set ray.address to local") from None

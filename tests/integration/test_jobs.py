@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -276,7 +277,7 @@ def test_nodes_that_come_are_waited_for(
 ) -> None:
     config = on_cluster("ray.wait_s=90")
     need = Need(what="training workers", count=2, each={"third": 1}, lower="train.num_workers")
-    with ray_session(config), caplog.at_level("INFO", logger="pipelines.cluster"):
+    with ray_session(config), caplog.at_level("INFO", logger="pipelines.capacity"):
         coming = threading.Timer(1, lambda: cluster.add_node("third", num_cpus=1, resources={"third": 2}))
         coming.start()
         require(config, need)
@@ -285,11 +286,16 @@ def test_nodes_that_come_are_waited_for(
     cluster.kill("third")
 
 
-def test_a_cluster_that_is_not_there_is_one_line(on_cluster: Callable[..., Config]) -> None:
-    (port,) = free_ports(1)
-    with (
-        pytest.raises(StageError, match=f"no Ray cluster at ray.address=127.0.0.1:{port}") as caught,
-        ray_session(on_cluster(f"ray.address=127.0.0.1:{port}")),
-    ):
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("127.0.0.1:{free}", r"\(nothing listens at \S+:{free}\); start one"), ("nonsense", r"\(Invalid address format")],
+)
+def test_a_cluster_that_is_not_there_is_one_line_at_once(configuration: Path, address: str, told: str) -> None:
+    (free,) = free_ports(1)
+    config = load_config(configuration, [f"ray.address={address.format(free=free)}"])
+    began = time.monotonic()
+    with pytest.raises(StageError, match=told.format(free=free)) as caught, ray_session(config):
         pass
+    assert str(caught.value).startswith(f"no Ray cluster at ray.address={config.ray.address} (")
     assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 30
