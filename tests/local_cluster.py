@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-_READY_S = 90
+_READY_S = 180
 _STORE_BYTES = 100 * 2**20
 # What would tie the cluster to the checkout that the tests run in, or to a cluster of the user's.
 _NOT_INHERITED = {"PYTHONPATH", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
