@@ -46,16 +46,19 @@ def ignore_progress(step: Step) -> None:
 
 @contextlib.contextmanager
 def polled(read: Callable[[], Step], progress: Progress, *, interval_s: float = POLL_S) -> Iterator[None]:
-    """While the block works elsewhere (Ray's workers), tell `progress` what `read` sees, from a thread.
+    """While the block works elsewhere (Ray's workers), tell `progress` what `read` sees and has not told, from a thread.
 
     A reading that fails is skipped: watching never stops the work.
     """
     stop = threading.Event()
 
     def watch() -> None:
+        told = None
         while not stop.wait(interval_s):
             try:
-                progress(read())
+                if (step := read()) != told:
+                    progress(step)
+                    told = step
             except Exception:
                 logger.debug("progress could not be read", exc_info=True)
 

@@ -154,13 +154,21 @@ def test_the_upload_carries_the_sources_and_nothing_else(
     assert re.search(rf"^{re.escape(sys.executable)} .*/_ray_pkg_\w+/pipelines/__init__.py$", log, re.MULTILINE)
 
 
+@pytest.fixture(scope="module")
+def life(client: JobSubmissionClient, submit: Callable[[str], str], configuration: Path) -> str:
+    """Log of the job that went all the way, before a gate that let nothing pass."""
+    status, log = ended(
+        client, submit(f"python -m pipelines.run --config {configuration} promote.min_acceleration=100")
+    )
+    assert status == "SUCCEEDED", log
+    return log
+
+
 def test_the_whole_life_cycle_is_one_job_and_a_part_of_it_another(
-    client: JobSubmissionClient, submit: Callable[[str], str], configuration: Path
+    client: JobSubmissionClient, submit: Callable[[str], str], configuration: Path, life: str
 ) -> None:
     """The gate refuses at first: told, and no failure. What comes after goes on from what is there."""
-    command = f"python -m pipelines.run --config {configuration}"
-    status, log = ended(client, submit(f"{command} promote.min_acceleration=100"))
-    assert status == "SUCCEEDED", log
+    log = life
     told = re.findall(r"^(distill|train|calibrate|evaluate|register|promote): ", log, re.MULTILINE)
     assert told == ["distill", "train", "calibrate", "evaluate", "register", "promote"], log
     assert "is not promoted: acceleration rate" in log
@@ -169,7 +177,7 @@ def test_the_whole_life_cycle_is_one_job_and_a_part_of_it_another(
     with pytest.raises(StageError, match="champion"):
         resolve(config)
 
-    status, log = ended(client, submit(f"{command} run.first=promote"))
+    status, log = ended(client, submit(f"python -m pipelines.run --config {configuration} run.first=promote"))
     assert status == "SUCCEEDED", log
     champion = resolve(config)
     assert champion.number == 1
@@ -187,6 +195,7 @@ def test_a_stage_that_fails_fails_the_job_and_is_named(
     assert "Traceback" not in log
 
 
+@pytest.mark.usefixtures("life")
 def test_training_survives_a_stop_and_the_loss_of_a_node(
     client: JobSubmissionClient, submit: Callable[[str], str], configuration: Path, cluster: LocalCluster
 ) -> None:
