@@ -30,6 +30,7 @@ STAGES = {
     "evaluate": "Measure acceleration rate, overhead, speedup and fidelity.",
     "register": "Store heads, tree and report as a version in the registry, the challenger.",
     "promote": "Make the challenger champion if it passes the gate.",
+    "run": "All stages in order, or those from run.first to run.last; goes on where it stopped.",
 }
 
 
@@ -194,13 +195,14 @@ def provision(
 def _stage(name: str) -> Callable[..., None]:
     def run_stage(overrides: Overrides = None, config: ConfigFile = None) -> None:
         from deploy.terminal import stage_progress
+        from pipelines.cluster import run_stage
         from pipelines.config import load_config
 
         _quiet()
         settings = load_config(config, overrides or ())
         stage = importlib.import_module(f"pipelines.{name}")
         with stage_progress(name) as progress:
-            result = stage.run(settings, progress=progress)
+            result = run_stage(name, stage.run, settings, progress)
         print(result.summary)
 
     run_stage.__doc__ = STAGES[name]

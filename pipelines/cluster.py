@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+from pipelines.capacity import Need, require
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
+from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
+from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries
+
+Result = TypeVar("Result", bound=StageResult)
 
 # Read once by Ray, DeepSpeed, MLflow and tokenizers when they start; what the user has set wins.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",  # an in-process Ray listens on loopback alone and writes no token for others to trip over
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# An in-process Ray listens on loopback alone and writes no token for others to trip over; a cluster has its own say.
+IN_PROCESS_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
 MIN_LOGICAL_CPUS = 4
+MEASURED = ("calibrate", "evaluate")  # stages of one process that want the device which the heads will serve on
 
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Ray for the time of the block. A Ray that is already running in this process is used and left alone;
-    one that is started here is stopped, whatever ends the block. Raises StageError when a cluster cannot be reached.
+    one that is started here is stopped, whatever ends the block. Raises StageError when a cluster cannot be reached,
+    ConfigError for settings that its nodes cannot share.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    refuse_job_copy(config)
+    import_environment(config)
     import ray
 
     if ray.is_initialized():
@@ -36,24 +46,54 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     _start(config)
     try:
-        _refuse_local_settings(config)
+        refuse_local_settings(config)
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address(config: Config) -> str | None:
+    """Where the cluster is; None where Ray runs in this process. Raises ConfigError for an address of another kind."""
+    setting = config.ray.address
+    address = None if setting == "local" else setting or os.environ.get("RAY_ADDRESS") or None
+    if address is not None and "://" in address:
+        name = "ray.address" if setting else "RAY_ADDRESS"
+        raise ConfigError(
+            f"{name}={address} is not a node of a cluster: give host:port, auto or local as ray.address, or submit with "
+            "`ray job submit --working-dir . -- python -m pipelines.run …`"
+        )
+    return address
+
+
+def _knock(address: str) -> None:
+    """ConnectionError where nothing listens: `ray.init` would try for minutes, and then end the process."""
+    from ray._private.services import canonicalize_bootstrap_address  # how `ray.init` reads "auto"
+
+    host, _, port = str(canonicalize_bootstrap_address(address)).rpartition(":")
+    if not reachable((host.strip("[]"), int(port))):
+        raise ConnectionError(f"nothing listens at {host}:{port}")
+
+
+def import_environment(config: Config) -> None:
+    """What Ray and the others read when they are imported."""
+    in_process = IN_PROCESS_ENVIRONMENT if cluster_address(config) is None else {}
+    for name, value in (ENVIRONMENT | in_process).items():
+        os.environ.setdefault(name, value)
 
 
 def _start(config: Config) -> None:
     import ray
 
     settings = config.ray
-    if settings.address is not None:
+    address = cluster_address(config)
+    if address is not None:
         try:
-            ray.init(address=settings.address, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise StageError(
-                f"no Ray cluster at ray.address={settings.address} ({reason}); start one, or set it to null"
-            ) from None
+            _knock(address)
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[0]
+            name = f"ray.address={address}" if settings.address else f"RAY_ADDRESS={address}"
+            raise StageError(f"no Ray cluster at {name} ({reason}); start one, or set ray.address to local") from None
         return
     ray.init(
         address="local",
@@ -65,13 +105,30 @@ def _start(config: Config) -> None:
     )
 
 
-def _refuse_local_settings(config: Config) -> None:
-    """SQLite in the working directory serves one machine; on several each node would see a file of its own."""
+def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
+    """`run`, which is stage `name`: here, or, where `ray.measure_on` says so, in a task with those resources."""
+    refuse_job_copy(config)
+    if name not in MEASURED or not config.ray.measure_on:
+        return run(config, progress)
+    import_environment(config)
     import ray
 
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    tracking = config.registry.tracking_uri
-    if nodes > 1 and (tracking is None or tracking.startswith("sqlite:")):
-        raise ConfigError(
-            f"registry.tracking_uri is SQLite, which {nodes} nodes cannot share; set it to an MLflow server"
-        )
+    wanted = dict(config.ray.measure_on)
+    need = Need(what=name, count=1, each=dict(wanted), lower="ray.measure_on")
+    cpus, gpus = wanted.pop("CPU", 1.0), wanted.pop("GPU", 0.0)
+    with ray_session(config):
+        require(config, need)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=2)(_measure)
+        progress(Step(done=0, total=1, note=f"on a node with {need.share}"))
+        try:
+            measured: Any = ray.get(task.remote(name, config.model_dump_json()))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+    return measured
+
+
+def _measure(name: str, config: str) -> StageResult:
+    """In a Ray worker; its log goes to the driver's."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
+    return importlib.import_module(f"pipelines.{name}").run(Config.model_validate_json(config), log_progress)

@@ -49,10 +49,17 @@ def _absolute_source(source: str) -> str:
     return source if "://" in source else str(_absolute(Path(source)))
 
 
+def _no_uri(path: object) -> object:
+    if "://" in str(path):
+        raise ValueError("must be a folder, on a cluster one that every node mounts, not a URI")
+    return path
+
+
 NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute_source)]
 Sources = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_one_or_several)]
+MountedPath = Annotated[Path, BeforeValidator(_no_uri), AfterValidator(_absolute)]
 
 
 class Section(BaseModel):
@@ -78,14 +85,28 @@ class HeadsSection(Section):
 
 
 class RaySection(Section):
-    """Where Ray runs. `address` null starts an in-process Ray that ends with the command; "auto" joins a cluster.
+    """Where Ray runs and how the work lies on it.
 
-    `num_cpus` are logical: null declares at least 4, so that actors never starve the tasks that feed them.
+    `address` null joins the cluster that RAY_ADDRESS names, as it does in a submitted job; without one, and always with
+    "local", an in-process Ray starts and ends with the command. "auto" or host:port insist on a cluster.
+    `num_cpus` (in-process) are logical: null declares at least 4, so that actors never starve the tasks that feed them.
+    `placement` of training workers: PACK on few nodes, SPREAD over many; STRICT_ refuses what is not exactly that.
+    `min_workers` lets training go on with any number of workers from this to `train.num_workers` as nodes leave and come
+    (looked for every `resize_every_s`); null: always `train.num_workers`. `max_preemptions` announced losses of a node are
+    survived beside `train.max_failures` (null: any number). `wait_s`: how long an autoscaler may take to add nodes that a
+    stage needs; 0 refuses at once. `measure_on` ({GPU: 1}) are the resources of the task in which calibrate and evaluate
+    run; null runs them in the driver, which may sit on a node without the device.
     """
 
     address: str | None = None
     num_cpus: PositiveInt | None = None
     object_store_mb: PositiveInt | None = None
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    min_workers: PositiveInt | None = None
+    resize_every_s: PositiveFloat = 60.0
+    max_preemptions: NonNegativeInt | None = None
+    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    measure_on: dict[str, PositiveFloat] | None = None
 
 
 class SelfPromptSection(Section):
@@ -284,6 +305,16 @@ class PromoteSection(Section):
     rollback: bool = False
 
 
+StageName = Literal["distill", "train", "calibrate", "evaluate", "register", "promote"]
+
+
+class RunSection(Section):
+    """Which part of the life cycle `run` goes through: from stage `first` to stage `last`, both included."""
+
+    first: StageName = "distill"
+    last: StageName = "promote"
+
+
 class ServeSection(Section):
     """What serving needs to know; the serving layer reads it, this layer only carries it."""
 
@@ -345,7 +376,7 @@ class Layout:
 class Config(Section):
     """Everything that the life cycle can be told."""
 
-    workdir: AbsolutePath = Field(default=Path("medusa-work"), validate_default=True)
+    workdir: MountedPath = Field(default=Path("medusa-work"), validate_default=True)
     backbone: BackboneSection = BackboneSection()
     heads: HeadsSection = HeadsSection()
     ray: RaySection = RaySection()
@@ -356,6 +387,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     registry: RegistrySection = RegistrySection()
     promote: PromoteSection = PromoteSection()
+    run: RunSection = RunSection()
     serve: ServeSection = ServeSection()
 
     @property

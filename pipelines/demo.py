@@ -1,24 +1,20 @@
-"""The whole life cycle in one go, with progress: distil, train, calibrate, evaluate, register, promote. Serves nothing."""
+"""The whole life cycle in one go, shown on a terminal: `run`, with bars and a table at the end. Serves nothing."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from pipelines import calibrate, distill, evaluate, promote, register, train
-from pipelines.cluster import ray_session
-from pipelines.config import Config
-from pipelines.errors import PromotionRefused
+from pipelines import run as life_cycle
+from pipelines.config import Config, RunSection
 from pipelines.report import Evaluation, terminal_table
-from pipelines.stage import Progress, StageResult, Step, main
+from pipelines.stage import Progress, Step, main
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Result = TypeVar("Result", bound=StageResult)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,42 +47,33 @@ def run(config: Config, progress: Progress | None = None, *, console: Console | 
     from rich.console import Console as RichConsole
 
     console = console or RichConsole(stderr=True)
-    with ray_session(config):
-        _stage(console, "distil", distill.run, config, progress)
-        _stage(console, "train", train.run, config, progress)
-        _stage(console, "calibrate", calibrate.run, config, progress)
-        measured = _stage(console, "evaluate", evaluate.run, config, progress)
-        registered = _stage(console, "register", register.run, config, progress)
-        refusal: str | None = None
-        try:
-            _stage(console, "promote", promote.run, config, progress)
-        except PromotionRefused as refused:
-            refusal = str(refused)
-            console.print(f"[yellow]promote[/] {refusal}")
-    console.print(terminal_table(measured.evaluation))
+
+    @contextlib.contextmanager
+    def watch(name: str) -> Iterator[Progress]:
+        with _bar(console, name) as advance:
+
+            def tell(step: Step) -> None:
+                advance(step)
+                if progress is not None:
+                    progress(step)
+
+            yield tell
+
+    def done(name: str, summary: str) -> None:
+        console.print(f"[green]✓[/] [bold]{name}[/] {summary}", highlight=False)
+
+    made = life_cycle.run(config.model_copy(update={"run": RunSection()}), watch=watch, done=done)
+    assert made.evaluate is not None
+    assert made.register is not None
+    console.print(terminal_table(made.evaluate.evaluation))
     return DemoResult(
         checkpoint=config.layout.checkpoint,
-        report=measured.report,
-        plot=measured.plot,
-        evaluation=measured.evaluation,
-        version=registered.version,
-        refusal=refusal,
+        report=made.evaluate.report,
+        plot=made.evaluate.plot,
+        evaluation=made.evaluate.evaluation,
+        version=made.register.version,
+        refusal=made.refusal,
     )
-
-
-def _stage(
-    console: Console, name: str, stage: Callable[[Config, Progress], Result], config: Config, watch: Progress | None
-) -> Result:
-    with _bar(console, name) as advance:
-
-        def tell(step: Step) -> None:
-            advance(step)
-            if watch is not None:
-                watch(step)
-
-        result = stage(config, tell)
-    console.print(f"[green]✓[/] [bold]{name}[/] {result.summary}", highlight=False)
-    return result
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.answering import Answerer, prompt_table
+from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config
 from pipelines.errors import ConfigError
@@ -99,8 +100,23 @@ def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progre
 
         watch = Watch(told, key="prompt_id", done_before=total - len(missing), total=total, clock=time.monotonic)
         with ray_session(config):
+            require(config, actors_needed(config, len(missing)))
             pool.run(prompt_table(missing), watch)
     return watch
+
+
+def actors_needed(config: Config, num_prompts: int) -> Need:
+    """What the actor pool holds of the cluster. The tasks that feed it run between its shares."""
+    settings = config.distill
+    each = {"CPU": settings.cpus_per_actor}
+    if settings.gpus_per_actor:
+        each = {"GPU": settings.gpus_per_actor}
+    return Need(
+        what="distillation actors",
+        count=min(settings.num_actors, num_prompts),
+        each=each,
+        lower="distill.num_actors, distill.cpus_per_actor or distill.gpus_per_actor",
+    )
 
 
 def _job(folder: Path) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from medusa.errors import MedusaError
 from pipelines.config import Config, load_config
@@ -45,16 +46,19 @@ def ignore_progress(step: Step) -> None:
 
 @contextlib.contextmanager
 def polled(read: Callable[[], Step], progress: Progress, *, interval_s: float = POLL_S) -> Iterator[None]:
-    """While the block works elsewhere (Ray's workers), tell `progress` what `read` sees, from a thread.
+    """While the block works elsewhere (Ray's workers), tell `progress` what `read` sees and has not told, from a thread.
 
     A reading that fails is skipped: watching never stops the work.
     """
     stop = threading.Event()
 
     def watch() -> None:
+        told = None
         while not stop.wait(interval_s):
             try:
-                progress(read())
+                if (step := read()) != told:
+                    progress(step)
+                    told = step
             except Exception:
                 logger.debug("progress could not be read", exc_info=True)
 
@@ -71,8 +75,22 @@ def log_progress(step: Step) -> None:
     logger.info("%d of %d %s", step.done, step.total, step.note)
 
 
-def main(name: str, run: Callable[..., StageResult], argv: Sequence[str] | None = None) -> None:
-    """Command line of one stage. Exit code 0, 2 for an error that the user can mend (one line), 130 for Ctrl-C."""
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def quiet_libraries() -> None:
+    for noisy in ("alembic", "mlflow", "ray.data", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def main(name: str, run: Callable[[Config, Progress], StageResult], argv: Sequence[str] | None = None) -> None:
+    """Command line of one stage. Exit code 0, 2 for an error that the user can mend (one line), 130 for Ctrl-C.
+
+    SIGTERM, which stops a submitted job, unwinds: what was started is stopped, the tracked run ends as failed.
+    """
+    from pipelines.cluster import run_stage
+
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines.{name}", description=sys.modules[run.__module__].__doc__
     )
@@ -80,11 +98,11 @@ def main(name: str, run: Callable[..., StageResult], argv: Sequence[str] | None 
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("alembic", "mlflow", "ray.data", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         config: Config = load_config(arguments.config, arguments.overrides)
-        print(run(config, progress=log_progress).summary)  # noqa: T201
+        print(run_stage(name, run, config, log_progress).summary)  # noqa: T201
     except (MedusaError, ValueError) as error:
         logger.debug("stage failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

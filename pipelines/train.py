@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medusa.errors import MedusaError
+from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
@@ -220,17 +222,28 @@ def _fit(config: Config, name: str, loop: Any, task: dict[str, Any]) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    train = config.train
+    require(config, _workers(config))
+    train, ray = config.train, config.ray
+    # As dictionaries, since Ray shows type checkers the older classes, which lack half of these.
+    scaling: dict[str, Any] = {
+        "num_workers": train.num_workers if ray.min_workers is None else (ray.min_workers, train.num_workers),
+        "use_gpu": train.use_gpu,
+        "resources_per_worker": _resources(config),
+        "placement_strategy": ray.placement,
+        "elastic_resize_monitor_interval_s": ray.resize_every_s,
+    }
+    failures: dict[str, Any] = {
+        "max_failures": train.max_failures,
+        "max_preemption_failures": -1 if ray.max_preemptions is None else ray.max_preemptions,
+    }
     trainer = TorchTrainer(
         loop,
         train_loop_config=task,
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=_resources(config)
-        ),
+        scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name=name,
             storage_path=str(config.layout.training),
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            failure_config=FailureConfig(**failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -254,6 +267,32 @@ def _fit(config: Config, name: str, loop: Any, task: dict[str, Any]) -> Any:
 def _resources(config: Config) -> dict[str, float]:
     resources = {"CPU": config.train.cpus_per_worker}
     return resources | {"GPU": 1.0} if config.train.use_gpu else resources
+
+
+def _workers(config: Config) -> Need:
+    """What training holds of the cluster, at least. Raises ConfigError where a count of workers could not share the work."""
+    train, fewest = config.train, config.ray.min_workers
+    if fewest is not None:
+        if fewest > train.num_workers:
+            raise ConfigError(f"ray.min_workers {fewest} must not be more than train.num_workers {train.num_workers}")
+        together = math.lcm(*range(fewest, train.num_workers + 1))
+        if train.shards is None or train.shards % together:
+            raise ConfigError(
+                f"with ray.min_workers {fewest}, train.shards must be a multiple of {together}, so that any number of "
+                f"workers up to {train.num_workers} shares them evenly; got {train.shards}"
+            )
+        if train.zero_stage:
+            raise ConfigError(
+                f"with ray.min_workers set, train.zero_stage must be 0, got {train.zero_stage}: DeepSpeed cannot load an "
+                "optimizer's state that was split among another number of workers"
+            )
+    return Need(
+        what="training workers",
+        count=fewest or train.num_workers,
+        each=_resources(config),
+        lower="train.num_workers or train.cpus_per_worker",
+        strategy=config.ray.placement,
+    )
 
 
 def _told(error: Exception) -> Exception:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +90,31 @@ def test_folders_are_absolute_whatever_the_caller_wrote(tmp_path: Path, monkeypa
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().train.steps = 3  # type: ignore[misc]
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    leaves = {f"{prefix}{key}" for key, value in tree.items() if not isinstance(value, dict) or key == "measure_on"}
+    parts = (_keys(v, f"{prefix}{k}.") for k, v in tree.items() if isinstance(v, dict) and k != "measure_on")
+    return leaves.union(*parts)
+
+
+def test_laptop_and_cluster_differ_in_values_only() -> None:
+    laptop, cluster = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("laptop", "cluster"))
+    assert _keys(laptop) == _keys(cluster)
+    assert laptop != cluster
+
+
+def test_what_a_cluster_is_told_is_reached_from_every_node() -> None:
+    config = load_config(Path("cluster"))
+    assert config.ray.address == "auto"
+    assert config.registry.tracking_uri is not None
+    assert config.registry.tracking_uri.startswith("http")
+    for path in (config.workdir, config.prompts.path):
+        assert re.match(r"/mnt/|s3://|gs://", str(path)), path
+
+
+def test_a_workdir_is_a_folder_and_no_uri() -> None:
+    with pytest.raises(
+        ConfigError, match=r"workdir: .*must be a folder, on a cluster one that every node mounts, not a URI"
+    ):
+        load_config(None, ["workdir=s3://bucket/medusa"])

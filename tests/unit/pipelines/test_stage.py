@@ -65,9 +65,9 @@ def test_a_stage_without_what_it_reads_names_the_stage_that_makes_it(
         stage.run(config)  # type: ignore[attr-defined]
 
 
-def test_progress_is_told_while_the_block_works_and_a_failing_reading_stops_nothing() -> None:
+def test_progress_is_told_once_while_the_block_works_and_a_failing_reading_stops_nothing() -> None:
     told: list[Step] = []
-    readings = iter([Step(done=1, total=3), None, Step(done=2, total=3)])
+    readings = iter([Step(done=1, total=3), Step(done=1, total=3), None, Step(done=2, total=3)])
 
     def read() -> Step:
         step = next(readings)
