@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.errors import StageError
 from pipelines.registry import await_server
 
 DEBIAN = Path("/usr/lib/postgresql")
@@ -70,7 +71,7 @@ def _cluster(binaries: Path, folder: Path, port: int, user: str | None) -> Itera
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
     call("pg_ctl", "-D", str(data), "-w", "-t", "60", "-l", str(folder / "log"), "-o", options, "start")
     try:
-        yield f"postgresql://medusa@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://medusa@127.0.0.1:{port}/postgres"
     finally:
         call("pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop")
 
@@ -87,7 +88,7 @@ def mlflow_server(folder: Path, store: str) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
-            await_server(uri, patience_s=180)
+            _await(uri, server, folder / "log")
             yield uri
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -97,6 +98,17 @@ def mlflow_server(folder: Path, store: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, 9)
                 server.wait()
+
+
+def _await(uri: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when the server answers; AssertionError with its log's last lines where it died or takes three minutes."""
+    for _ in range(180):
+        with contextlib.suppress(StageError):
+            await_server(uri, patience_s=0.5)
+            return
+        if server.poll() is not None:
+            break
+    raise AssertionError(f"mlflow server did not start: {' / '.join(log.read_text().splitlines()[-5:])}")
 
 
 def _system_user() -> str | None:
