@@ -197,6 +197,7 @@ class EngineActor:
         self._fault: str | None = None
         try:
             self._model = load_model(backbone, config.heads)
+            refuse_tuned(self._model, config.heads)
             self._engine = make_engine(self._model, config)
         except (MedusaError, ValueError) as error:
             self._fault = str(error)
@@ -206,6 +207,15 @@ class EngineActor:
         if self._fault is not None:
             raise StageError(self._fault)
         return self._model, self._engine
+
+
+def refuse_tuned(model: Model, heads: str) -> None:
+    """StageError for MEDUSA-2 heads: they tune the backbone, and answers must be those of the original."""
+    if model.checkpoint is not None and model.checkpoint.adapters is not None:
+        raise StageError(
+            f"distill.heads {heads} tune the backbone (MEDUSA-2), so the answers would not be {model.backbone.name}'s own; "
+            'give MEDUSA-1 heads, or "none"'
+        )
 
 
 class Answerer(EngineActor):

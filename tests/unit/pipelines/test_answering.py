@@ -6,8 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import medusa
+from medusa.adapters import Adapters
+from medusa.backbone import load_backbone
+from medusa.checkpoint import save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.engine import Engine
 from medusa.heads import MedusaHeads
@@ -18,6 +22,7 @@ from pipelines.answering import (
     choose_tree,
     make_engine,
     prompt_table,
+    refuse_tuned,
     sampling_seed,
     turn_id,
 )
@@ -27,6 +32,7 @@ from pipelines.errors import StageError
 from pipelines.pool import adopt
 from pipelines.prompts import Prompt
 from pipelines.records import ANSWERS, CALIBRATION, TRAIN, read_answers, sampling_key, scan
+from tests.unit.medusa.tiny import random_heads
 
 SETTINGS = DistillSection(max_tokens=12)
 
@@ -219,3 +225,19 @@ def test_the_layout_is_below_the_working_directory(tmp_path: Path) -> None:
     names = [name for name in dir(type(layout)) if isinstance(getattr(type(layout), name), property)]
     assert names
     assert all(getattr(layout, name).is_relative_to(tmp_path) for name in names)
+
+
+def test_heads_that_tuned_the_backbone_do_not_answer_for_the_original(tiny_folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_folder, dtype="float32")
+    heads = random_heads(backbone)
+    tuned = Adapters(kind="full", tensors={"model.norm.weight": torch.ones(backbone.hidden_size)})
+    for name, adapters in (("one", None), ("two", tuned)):
+        save_checkpoint(
+            tmp_path / name, heads, paths=[(0,)], backbone_name=backbone.name,
+            backbone_fingerprint=backbone.fingerprint, adapters=adapters,
+        )  # fmt: skip
+
+    untuned, both = (medusa.load(tiny_folder, heads=tmp_path / name, dtype="float32") for name in ("one", "two"))
+    refuse_tuned(untuned, "one")
+    with pytest.raises(StageError, match="MEDUSA-2"):
+        refuse_tuned(both, "two")
