@@ -365,8 +365,8 @@ def check_decodable(backbone: Backbone) -> None:
         raise BackboneError(f"{model.config.model_type} cannot decode trees: {str(error).splitlines()[0]}") from error
     finally:
         model.set_attn_implementation(attention.IMPLEMENTATION)
-    # Transformers computes parts of a float64 model in float32.
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(backbone.dtype, 0.05)
+    # Transformers computes parts of a float64 model in float32; bfloat16 noise was seen to reach 0.054 on 30 layers.
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(backbone.dtype, 0.1)
     gap = (ours - theirs).norm() / (theirs - theirs.mean(dim=-1, keepdim=True)).norm().clamp_min(1e-6)
     if not gap <= tolerance:
         raise BackboneError(
