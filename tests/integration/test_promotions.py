@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from pipelines import promote
 from pipelines.config import Config
 from pipelines.evaluate import Comparison
@@ -143,12 +144,10 @@ def test_a_version_comes_back_whole_on_another_machine(tracking: str, tmp_path: 
 
 
 def test_the_command_line_lists_what_the_registry_holds(tracking: str, tmp_path: Path) -> None:
-    import subprocess
-
     made = _register(_config(tracking, tmp_path / "here"), "listed")
-    command = [sys.executable, "-m", "deploy.cli", "registry", "list", "--json", f"workdir={tmp_path}"]
-    done = subprocess.run([*command, f"registry.tracking_uri={tracking}"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    arguments = ["registry", "list", "--json", f"workdir={tmp_path}", f"registry.tracking_uri={tracking}"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
     newest = json.loads(done.stdout)[0]
     assert (newest["version"], newest["aliases"], newest["gate"]) == (made.number, [], None)
     assert newest["evaluation"]["speedup"] == pytest.approx(1.8)

@@ -12,12 +12,14 @@ import torch
 import medusa
 from medusa.checkpoint import save_checkpoint
 from medusa.errors import CheckpointError, MedusaError
-from pipelines import evaluate
-from pipelines.config import Config, EvaluateSection
+from pipelines import evaluate, promote, register
+from pipelines.config import Config, EvaluateSection, PromoteSection
 from pipelines.errors import ConfigError
 from pipelines.evaluate import ask, compare, depth_reached, differing, figures, logit_margin
 from pipelines.prompts import Prompt
 from pipelines.quality import compare_backbones, heldout_paragraphs
+from pipelines.registry import folder_digest
+from pipelines.report import write_report
 from pipelines.timing import Trace
 from tests.tiny_models import make_tiny_backbone_model, save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
@@ -113,6 +115,36 @@ def test_a_version_measured_beside_itself_is_as_good(config: Config) -> None:
         found.champion, tree_step_s=0, tree_tokens_per_s=0
     )
     assert (found.num_differing, found.dtype, found.challenger.num_answers) == (0, "float32", 6)
+
+
+def test_a_challenger_is_fetched_and_measured_beside_the_champion(
+    config: Config, result: evaluate.EvaluateResult, model: medusa.Model, tmp_path: Path
+) -> None:
+    register.run(config)
+    assert promote.run(config).comparison is None  # no champion: nothing to measure beside
+
+    # Another machine, the same registry: the same heads with a smaller tree.
+    shared = config.registry.model_copy(update={"tracking_uri": f"sqlite:///{config.layout.tracking_db}"})
+    gate = PromoteSection(acceleration_margin=0.9, speedup_margin=0.9, min_acceleration=0.5)
+    there = config.model_copy(update={"workdir": tmp_path, "registry": shared, "promote": gate})
+    save_checkpoint(
+        there.layout.checkpoint,
+        random_heads(model.backbone),
+        paths=PATHS,
+        default_nodes=3,
+        backbone_name=model.backbone.name,
+        backbone_fingerprint=model.backbone.fingerprint,
+    )
+    evaluation = replace(result.evaluation, checkpoint_digest=folder_digest(there.layout.checkpoint))
+    write_report(there.layout.evaluation, evaluation, [[1]])
+    registered = register.run(there)
+    promoted = promote.run(there)
+    assert (promoted.champion, promoted.previous, promoted.overruled) == (registered.version, 1, ())
+    assert promoted.comparison is not None
+    cases = {case.num_nodes: case.overall for case in result.details.cases if case.scheme == "greedy"}
+    assert promoted.comparison.challenger.num_steps == cases[3].num_steps
+    assert promoted.comparison.champion.num_steps == cases[6].num_steps
+    assert promote.rollback(config).champion == 1
 
 
 def test_a_checkpoint_of_another_backbone_is_named(config: Config, tmp_path: Path) -> None:

@@ -173,11 +173,13 @@ def test_a_files_parts_are_disjoint_stable_and_cut(tmp_path: Path) -> None:
     assert len(prompt_parts(config.model_copy(update={"limit": 3})).train) == 3
 
 
-def test_evaluation_takes_first_turns_of_the_mt_bench_shape(tmp_path: Path) -> None:
+def test_evaluation_takes_the_turns_of_the_mt_bench_shape(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
     (prompt,) = evaluation_prompts(EvaluateSection(path=file))
-    assert (prompt.id, prompt.turns) == ("81", ("one",))
+    assert (prompt.id, prompt.source, prompt.turns) == ("81", "writing", ("one", "two"))
+    (prompt,) = evaluation_prompts(EvaluateSection(path=file, max_turns=1))
+    assert prompt.turns == ("one",)
 
 
 def test_sources_are_absolute_paths_and_uris_one_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
