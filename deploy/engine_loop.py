@@ -223,13 +223,13 @@ class EngineLoop:
     def _recover(self) -> None:
         """The requests of a failed step fail; a fresh engine serves the next. Step after step failing ends the loop."""
         self._failed_steps += 1
+        self._stopping = self._stopping or self._failed_steps >= MAX_FAILED_STEPS  # before clients hear and ask again
         self._end_all(EngineUnavailable("the engine failed on this request"))
-        if self._failed_steps < MAX_FAILED_STEPS:
+        if self._stopping:
+            logger.error("%d engine steps failed in a row; the loop ends", self._failed_steps)
+        else:
             del self._engine.decoder  # its cache must be gone before the next one's is allocated
             self._engine = self._make_engine()
-        else:
-            logger.error("%d engine steps failed in a row; the loop ends", self._failed_steps)
-            self._stopping = True
 
     def _admit(self, reader: _Reader) -> None:
         if self._readers.get(reader.request.request_id) is not reader:

@@ -211,7 +211,7 @@ def test_training_survives_a_stop_and_the_loss_of_a_node(
         return registry.history(registry.run_for(name, {}), "loss") if kept.exists() else []
 
     first = submit(command)
-    wait_until(kept.exists, timeout_s=240, what="the first checkpoint")
+    wait_until(lambda: bool(told()), timeout_s=240, what="the first checkpoint, and losses that were sent")
     client.stop_job(first)
     assert ended(client, first)[0] == "STOPPED"
     assert not train._finished(config, name), "too fast to be stopped: raise STEPS"

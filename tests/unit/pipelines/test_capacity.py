@@ -79,7 +79,7 @@ def test_workers_that_could_not_share_the_work_are_refused(overrides: list[str],
 
 
 def test_distillation_asks_for_no_more_actors_than_it_has_work_for() -> None:
-    config = load_config(None, ["distill.num_actors=4", "distill.rows_per_file=10"])
-    assert [actors_needed(config, rows).count for rows in (1, 10, 11, 1000)] == [1, 1, 2, 4]
+    config = load_config(None, ["distill.num_actors=4"])
+    assert [actors_needed(config, rows).count for rows in (1, 3, 4, 1000)] == [1, 3, 4, 4]
     assert actors_needed(config, 1).each == {"CPU": 0.5}
     assert actors_needed(load_config(None, ["distill.gpus_per_actor=0.5"]), 1).each == {"GPU": 0.5}

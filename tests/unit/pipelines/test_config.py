@@ -109,7 +109,8 @@ def test_what_a_cluster_is_told_is_reached_from_every_node() -> None:
     assert config.ray.address == "auto"
     assert config.registry.tracking_uri is not None
     assert config.registry.tracking_uri.startswith("http")
-    for path in (config.workdir, config.prompts.path):
+    assert config.prompts.path
+    for path in (config.workdir, *config.prompts.path):
         assert re.match(r"/mnt/|s3://|gs://", str(path)), path
 
 
