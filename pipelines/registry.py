@@ -352,7 +352,7 @@ class Registry:
 
 
 class RunLog:
-    """Writes metrics of one run from a worker. A tracking server out of reach costs metrics, never the training."""
+    """Writes metrics of one run at once. A tracking server out of reach costs metrics, never the work that they tell of."""
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._client = _client(tracking_uri)

@@ -17,8 +17,25 @@ if TYPE_CHECKING:
     from pipelines.registry import Registry
 
 
+class Ratios:
+    """What a tree costs and gains beside plain decoding, for any record that holds both sides."""
+
+    plain_step_s: float
+    tree_step_s: float
+    plain_tokens_per_s: float
+    tree_tokens_per_s: float
+
+    @property
+    def overhead(self) -> float:
+        return self.tree_step_s / self.plain_step_s
+
+    @property
+    def speedup(self) -> float:
+        return self.tree_tokens_per_s / self.plain_tokens_per_s
+
+
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class Figures(Ratios):
     """Sums and medians over answers: a tree beside plain decoding of the same prompts to the same lengths."""
 
     num_answers: int
@@ -33,14 +50,6 @@ class Figures:
     def acceleration_rate(self) -> float:
         """(tokens − 1) / verify steps: the first token of an answer comes from its prefill."""
         return (self.num_tokens - self.num_answers) / self.num_steps if self.num_steps else 1.0
-
-    @property
-    def overhead(self) -> float:
-        return self.tree_step_s / self.plain_step_s
-
-    @property
-    def speedup(self) -> float:
-        return self.tree_tokens_per_s / self.plain_tokens_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,7 @@ class Details:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Ratios):
     """What one measurement found. `num_differing` rows in `dtype`; `identity_differing` of `identity_checked` in float32.
 
     `quality` where the checkpoint brings a tuned backbone (MEDUSA-2); identity is then with that backbone's plain output.
@@ -126,14 +135,6 @@ class Evaluation:
     checkpoint_digest: str
     tuned: bool = False
     quality: Quality | None = None
-
-    @property
-    def overhead(self) -> float:
-        return self.tree_step_s / self.plain_step_s
-
-    @property
-    def speedup(self) -> float:
-        return self.tree_tokens_per_s / self.plain_tokens_per_s
 
     @property
     def headline(self) -> str:

@@ -115,6 +115,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
 
 def check(config: Config) -> None:
     """ConfigError for settings that contradict each other, before anything is started."""
+    _check_elastic(config)
     train = config.train
     if train.num_lanes % train.num_workers:
         raise ConfigError(f"train.shards {train.num_lanes} must be a multiple of train.num_workers {train.num_workers}")
@@ -269,26 +270,31 @@ def _resources(config: Config) -> dict[str, float]:
     return resources | {"GPU": 1.0} if config.train.use_gpu else resources
 
 
-def _workers(config: Config) -> Need:
-    """What training holds of the cluster, at least. Raises ConfigError where a count of workers could not share the work."""
+def _check_elastic(config: Config) -> None:
+    """ConfigError where some count of workers could not share the work."""
     train, fewest = config.train, config.ray.min_workers
-    if fewest is not None:
-        if fewest > train.num_workers:
-            raise ConfigError(f"ray.min_workers {fewest} must not be more than train.num_workers {train.num_workers}")
-        together = math.lcm(*range(fewest, train.num_workers + 1))
-        if train.shards is None or train.shards % together:
-            raise ConfigError(
-                f"with ray.min_workers {fewest}, train.shards must be a multiple of {together}, so that any number of "
-                f"workers up to {train.num_workers} shares them evenly; got {train.shards}"
-            )
-        if train.zero_stage:
-            raise ConfigError(
-                f"with ray.min_workers set, train.zero_stage must be 0, got {train.zero_stage}: DeepSpeed cannot load an "
-                "optimizer's state that was split among another number of workers"
-            )
+    if fewest is None:
+        return
+    if fewest > train.num_workers:
+        raise ConfigError(f"ray.min_workers {fewest} must not be more than train.num_workers {train.num_workers}")
+    together = math.lcm(*range(fewest, train.num_workers + 1))
+    if train.shards is None or train.shards % together:
+        raise ConfigError(
+            f"with ray.min_workers {fewest}, train.shards must be a multiple of {together}, so that any number of "
+            f"workers up to {train.num_workers} shares them evenly; got {train.shards}"
+        )
+    if train.zero_stage:
+        raise ConfigError(
+            f"with ray.min_workers set, train.zero_stage must be 0, got {train.zero_stage}: DeepSpeed cannot load an "
+            "optimizer's state that was split among another number of workers"
+        )
+
+
+def _workers(config: Config) -> Need:
+    """What training holds of the cluster, at least."""
     return Need(
         what="training workers",
-        count=fewest or train.num_workers,
+        count=config.ray.min_workers or config.train.num_workers,
         each=_resources(config),
         lower="train.num_workers or train.cpus_per_worker",
         strategy=config.ray.placement,

@@ -12,7 +12,7 @@ from pipelines.capacity import Need, room_for
 from pipelines.config import load_config
 from pipelines.distill import actors_needed
 from pipelines.errors import ConfigError
-from pipelines.train import _workers
+from pipelines.train import _workers, check
 
 
 def _need(each: dict[str, float], strategy: str = "PACK", count: int = 1) -> Need:
@@ -75,7 +75,7 @@ def test_training_asks_for_its_workers_and_no_more_than_it_must() -> None:
 )
 def test_workers_that_could_not_share_the_work_are_refused(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        _workers(load_config(None, ["train.num_workers=4", "ray.min_workers=2", *overrides]))
+        check(load_config(None, ["train.num_workers=4", "ray.min_workers=2", *overrides]))
 
 
 def test_distillation_asks_for_no_more_actors_than_it_has_work_for() -> None:
