@@ -13,6 +13,10 @@ class StageError(MedusaError):
     """A stage cannot begin: what it reads is missing, stale or was made by something else."""
 
 
+class TrackingUnreachable(StageError):
+    """No MLflow server answers where one should be; work that can go on without it does."""
+
+
 class NoSuchAlias(StageError):
     """No version bears the alias that was asked for: nothing was promoted yet."""
 

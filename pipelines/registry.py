@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.config import Config
-from pipelines.errors import NoSuchAlias, StageError
+from pipelines.errors import NoSuchAlias, StageError, TrackingUnreachable
 from pipelines.registry_lock import Lease, RegistryLock
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def tracking_uri(config: Config) -> str:
 def open_registry(config: Config) -> Registry:
     """The registry of a configuration; its SQLite file is made on first use.
 
-    StageError, after a few seconds of trying, where no server answers.
+    TrackingUnreachable, after a few seconds of trying, where no server answers.
     """
     config.layout.root.mkdir(parents=True, exist_ok=True)
     uri, artifacts = tracking_uri(config), config.registry.artifact_uri
@@ -96,7 +96,7 @@ def open_registry(config: Config) -> Registry:
 
 
 def await_server(uri: str, *, patience_s: float) -> None:
-    """Return as soon as anything answers HTTP at `uri`; StageError where nothing has within `patience_s`."""
+    """Return as soon as anything answers HTTP at `uri`; TrackingUnreachable where nothing has within `patience_s`."""
     import requests
 
     began = time.monotonic()
@@ -105,7 +105,7 @@ def await_server(uri: str, *, patience_s: float) -> None:
             requests.get(f"{uri.rstrip('/')}/health", timeout=3)
         except requests.RequestException as error:
             if time.monotonic() - began > patience_s:
-                raise StageError(
+                raise TrackingUnreachable(
                     f"no MLflow server answers at {uri} ({type(error).__name__}); start it, or set registry.tracking_uri"
                 ) from None
             time.sleep(0.5)

@@ -20,6 +20,8 @@ from typing import Any
 
 import tenacity
 
+from pipelines.errors import TrackingUnreachable
+
 logger = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
@@ -149,8 +151,9 @@ def brief_requests() -> Iterator[None]:
 
 
 def _patiently(call: Callable[[], Any]) -> Any:
-    """`call`, tried a few times with growing pauses; the last error is raised."""
+    """`call`, tried a few times with growing pauses; the last error is raised. What was found unreachable was waited for."""
     retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_not_exception_type(TrackingUnreachable),
         stop=tenacity.stop_after_attempt(_TRIES),
         wait=tenacity.wait_exponential(multiplier=_WAIT_S, max=5),
         reraise=True,
@@ -168,7 +171,7 @@ def within_reach(call: Callable[[], Any], where: str) -> Any | None:
     try:
         with brief_requests():
             return _patiently(call)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, TrackingUnreachable) as error:
         code = getattr(error, "error_code", _AWAY[0])
         if not where.startswith(("http:", "https:")) or code not in _AWAY:
             raise

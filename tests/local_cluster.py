@@ -73,8 +73,15 @@ class LocalCluster:
             raise
 
     def add_node(self, name: str, *, num_cpus: int = 2, resources: Mapping[str, float] | None = None) -> None:
-        """Start another node; it shows in `ray.nodes()` some seconds later."""
+        """Start another node and return when the cluster has it: `ray start` says so after it has registered."""
         self._start(name, [f"--address={self.address}"], num_cpus=num_cpus, resources=resources or {})
+        log, process = self.folder / f"{name}.log", self._nodes[name]
+
+        def joined() -> bool:
+            assert process.poll() is None, f"node {name} ended at once:\n{log.read_text()}"
+            return "Ray runtime started" in log.read_text()
+
+        wait_until(joined, timeout_s=_READY_S, what=f"node {name}")
 
     def cwd(self, name: str) -> Path:
         return self.folder / name

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import tracking
+from pipelines.errors import TrackingUnreachable
 from pipelines.tracking import Entry, Journal, Sender, git_revision, within_reach
 
 
@@ -95,6 +96,17 @@ def test_a_call_is_tried_again_before_the_server_is_given_up(caplog: pytest.LogC
 
     assert within_reach(never, "http://there") is None
     assert "http://there is out of reach (gone)" in caplog.text
+
+
+def test_a_server_that_was_waited_for_is_not_waited_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    tries = []
+
+    def away() -> str:
+        tries.append(1)
+        raise TrackingUnreachable("no MLflow server answers")
+
+    assert within_reach(away, "http://there") is None and len(tries) == 1
+    assert "http://there is out of reach (no MLflow server answers)" in caplog.text
 
 
 def test_a_database_that_fails_is_no_server_out_of_reach() -> None:
