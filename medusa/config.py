@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal, get_args
 
@@ -11,10 +12,12 @@ RootChoice = Literal["sample", "greedy"]
 LmHeads = Literal["shared", "own"]
 
 SCHEMES: tuple[str, ...] = get_args(Scheme)
+PENALTIES = ("presence_penalty", "frequency_penalty")
 
 # Typical acceptance, arXiv 2401.10774 §2.3.1: accept x when p(x) > min(epsilon, delta · exp(−H)), delta = sqrt(epsilon).
 DEFAULT_EPSILON = 0.09
 DEFAULT_DELTA = 0.3
+MAX_PENALTY, MAX_BIAS, MAX_TOP_LOGPROBS = 2.0, 100.0, 20  # OpenAI's limits
 MIN_TEMPERATURE = 1e-5  # below it a distribution is its argmax, and logits divided by it may overflow float32
 
 
@@ -35,6 +38,37 @@ class HeadsConfig:
             raise ValueError(f"lm_heads must be one of {', '.join(get_args(LmHeads))}, got {self.lm_heads!r}")
 
 
+class LogitBias(Mapping[int, float]):
+    """What is added to the logits of some token ids: a mapping that cannot change, and so can be hashed and shared.
+
+    ValueError for an id that is no whole number from 0 on, or a value outside [−100, 100].
+    """
+
+    def __init__(self, values: Mapping[int, float] | None = None) -> None:
+        for token, value in (values or {}).items():
+            _require("a token id of logit_bias", token, Integral, "a whole number")
+            _require(f"logit_bias of token {token}", value, Real, "a number")
+            if token < 0:
+                raise ValueError(f"a token id of logit_bias must be 0 or more, got {token}")
+            _require_within(f"logit_bias of token {token}", value, MAX_BIAS)
+        self._values = {int(token): float(value) for token, value in (values or {}).items()}
+
+    def __getitem__(self, token: int) -> float:
+        return self._values[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"LogitBias({self._values})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request is decoded.
@@ -43,6 +77,11 @@ class SamplingParams:
     `top_k` 0 and `top_p` 1 switch those filters off. `choice` numbers the answers to one prompt (OpenAI's `n`) and, with
     `seed`, keys the noise: the same pair gives the same answer. `root` says how typical acceptance chooses the token
     that it does not accept from the tree (`greedy` is the paper's). `ignore_eos` decodes on past the end of sequence.
+
+    `presence_penalty` and `frequency_penalty` (each in [−2, 2]) lower the logits of tokens generated so far, once and
+    for each time; `logit_bias` is added to the logits of the token ids it names. Every acceptance scheme sees the logits
+    so edited. `logprobs` asks for the log-probability of each token and of that many best alternatives (0 to 20; None
+    asks for nothing), all of the model's own distribution: at temperature 1 and before any edit.
     """
 
     max_tokens: int = 256
@@ -56,11 +95,15 @@ class SamplingParams:
     delta: float = DEFAULT_DELTA
     root: RootChoice = "sample"
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=LogitBias)
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed", "choice"):
             _require(name, getattr(self, name), Integral, "a whole number")
-        for name in ("temperature", "top_p", "epsilon", "delta"):
+        for name in ("temperature", "top_p", "epsilon", "delta", *PENALTIES):
             _require(name, getattr(self, name), Real, "a number")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
@@ -82,6 +125,15 @@ class SamplingParams:
             raise ValueError(f"delta must lie in (0, 1], got {self.delta}")
         if self.root not in get_args(RootChoice):
             raise ValueError(f"root must be one of {', '.join(get_args(RootChoice))}, got {self.root!r}")
+        for name in PENALTIES:
+            _require_within(name, getattr(self, name), MAX_PENALTY)
+        if not isinstance(self.logit_bias, LogitBias):
+            _require("logit_bias", self.logit_bias, Mapping, "a mapping of token ids to numbers")
+            object.__setattr__(self, "logit_bias", LogitBias(self.logit_bias))
+        if self.logprobs is not None:
+            _require("logprobs", self.logprobs, Integral, "a whole number or None")
+            if not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+                raise ValueError(f"logprobs must lie in [0, {MAX_TOP_LOGPROBS}], got {self.logprobs}")
 
     @property
     def scheme(self) -> Scheme:
@@ -94,3 +146,8 @@ class SamplingParams:
 def _require(name: str, value: object, kind: type, said: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} must be {said}, got {value!r}")  # noqa: TRY004  one kind of error for bad settings
+
+
+def _require_within(name: str, value: float, limit: float) -> None:
+    if not -limit <= value <= limit:
+        raise ValueError(f"{name} must lie in [{-limit:g}, {limit:g}], got {value}")

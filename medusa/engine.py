@@ -16,6 +16,7 @@ from medusa.config import SamplingParams
 from medusa.decoder import Decoder
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
+from medusa.logprobs import TokenLogprob
 from medusa.sampling import SamplingRows
 from medusa.tree import Tree
 
@@ -67,22 +68,27 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A finished answer. `token_ids` holds the end-of-sequence token where there was one; `error` says why there is none."""
+    """A finished answer. `token_ids` holds the end-of-sequence token where there was one; `error` says why there is none.
+
+    `logprobs` stands beside `token_ids`, and is empty where the request did not ask for it.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one engine step gave one request: new tokens, and the completion with the last of them."""
+    """What one engine step gave one request: new tokens, their `logprobs` if it asked, and the completion with the last."""
 
     request_id: str
     token_ids: list[int]
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(kw_only=True)
