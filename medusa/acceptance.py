@@ -6,6 +6,7 @@ Greedy and rejection acceptance are one walk: at the current node the backbone c
 draw from its distribution); a child that carries it is accepted and the walk goes on there; otherwise the token becomes
 the next root. Since the proposal is deterministic, the output is that of choosing token after token without any tree.
 Typical acceptance (arXiv 2401.10774 §2.3.1) judges each node by its probability instead, and takes the longest path.
+A row limited to n nodes accepts none but the tree's first n, as if the tree ended there.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def walk(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, r
         if depth == tree.depth:
             break
         match = (tree.parents == node[:, None]) & (tokens == chosen[:, None])
+        if rows.any_limit:
+            match &= _within(rows, tree)
         moving = moving & match.any(dim=-1)
         if tokens.device.type == "cpu" and not moving.any():
             break
@@ -85,6 +88,8 @@ def accept_typical(
         top_k, top_p = (x.repeat_interleave(num_nodes) for x in (rows.top_k, rows.top_p))
         allowed = filter_logits(flat, top_k, top_p).isfinite().view_as(log_probs)
         good &= allowed[rows_of_batch, parents, tokens[:, 1:]]
+    if rows.any_limit:
+        good &= _within(rows, tree)[:, 1:]
 
     accepted = torch.ones(batch, num_nodes, dtype=torch.bool, device=tokens.device)
     score = torch.zeros(batch, num_nodes, dtype=wide, device=tokens.device)
@@ -98,3 +103,8 @@ def accept_typical(
     depth = tree.depths[node]
     last = logits[rows_of_batch.squeeze(1), node]
     return Acceptance(node=node, num_accepted=depth, next_root=draw(last, rows, root_position + depth + 1))
+
+
+def _within(rows: SamplingRows, tree: DeviceTree) -> Tensor:
+    """[B,N] bool: may this row accept this node?"""
+    return torch.arange(tree.num_nodes, device=rows.max_nodes.device) < rows.max_nodes[:, None]

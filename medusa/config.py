@@ -77,6 +77,8 @@ class SamplingParams:
     `top_k` 0 and `top_p` 1 switch those filters off. `choice` numbers the answers to one prompt (OpenAI's `n`) and, with
     `seed`, keys the noise: the same pair gives the same answer. `root` says how typical acceptance chooses the token
     that it does not accept from the tree (`greedy` is the paper's). `ignore_eos` decodes on past the end of sequence.
+    `tree_nodes` is the most tree nodes that this request may use, 1 being plain decoding (None: all there are). It
+    changes the speed of greedy and rejection acceptance, and the answer of typical acceptance.
 
     `presence_penalty` and `frequency_penalty` (each in [−2, 2]) lower the logits of tokens generated so far, once and
     for each time; `logit_bias` is added to the logits of the token ids it names. Every acceptance scheme sees the logits
@@ -95,6 +97,7 @@ class SamplingParams:
     delta: float = DEFAULT_DELTA
     root: RootChoice = "sample"
     ignore_eos: bool = False
+    tree_nodes: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=LogitBias)
@@ -123,6 +126,10 @@ class SamplingParams:
             raise ValueError(f"epsilon must lie in (0, 1], got {self.epsilon}")
         if not 0 < self.delta <= 1:
             raise ValueError(f"delta must lie in (0, 1], got {self.delta}")
+        if self.tree_nodes is not None:
+            _require("tree_nodes", self.tree_nodes, Integral, "a whole number")
+            if self.tree_nodes < 1:
+                raise ValueError(f"tree_nodes must be at least 1 (plain decoding), got {self.tree_nodes}")
         if self.root not in get_args(RootChoice):
             raise ValueError(f"root must be one of {', '.join(get_args(RootChoice))}, got {self.root!r}")
         for name in PENALTIES:

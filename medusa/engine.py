@@ -8,97 +8,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 from medusa.backbone import Backbone
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
-from medusa.logprobs import TokenLogprob
+from medusa.request import Completion, Delta, FinishReason, Phase, Request, Sequence, Stats, StepRecord, check_request
 from medusa.sampling import SamplingRows
 from medusa.tree import Tree
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+__all__ = ["Completion", "Delta", "Engine", "FinishReason", "Request", "Stats", "StepRecord", "check_request"]
+
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_PREFILL_ROWS = 4
 _IDLE = SamplingParams(max_tokens=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt to answer. `on_token` sees each new token and ends the answer after one for which it returns True."""
-
-    prompt_ids: list[int]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    request_id: str = "0"
-    on_token: Callable[[int], bool] | None = None
-
-
-@dataclass(kw_only=True)
-class Stats:
-    """What one answer cost. `tokens_per_step[0]` is the prefill's one token; each later entry is one verify step's."""
-
-    prompt_tokens: int = 0
-    tokens_per_step: list[int] = field(default_factory=list)
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.tokens_per_step)
-
-    @property
-    def num_steps(self) -> int:
-        """Verify steps."""
-        return max(len(self.tokens_per_step) - 1, 0)
-
-    @property
-    def acceleration_rate(self) -> float | None:
-        """(tokens − 1) / verify steps; None for an answer that needed no step."""
-        return (self.num_tokens - 1) / self.num_steps if self.num_steps else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens over prefill and decoding time together."""
-        return self.num_tokens / max(self.prefill_s + self.decode_s, 1e-9)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A finished answer. `token_ids` holds the end-of-sequence token where there was one; `error` says why there is none.
-
-    `logprobs` stands beside `token_ids`, and is empty where the request did not ask for it.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stats: Stats
-    error: str | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What one engine step gave one request: new tokens, their `logprobs` if it asked, and the completion with the last."""
-
-    request_id: str
-    token_ids: list[int]
-    completion: Completion | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(kw_only=True)
-class _Sequence:
-    request: Request
-    submitted: float
-    token_ids: list[int] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
-    started: float = 0.0
-    finish_reason: FinishReason | None = None
 
 
 class Engine:
@@ -115,7 +39,9 @@ class Engine:
         tree: Tree | None = None,
         max_batch_size: int = 8,
         context_length: int | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
+        """`on_step` is told of each forward, in the thread that steps; it must be quick and must not raise."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
         length = context_length or min(backbone.max_context, 2048)
@@ -129,9 +55,10 @@ class Engine:
         self.context_length = length
         self.decoder = Decoder(backbone, heads, self.tree, num_slots=max_batch_size, context_length=length)
         self.step_seconds: deque[float] = deque(maxlen=4096)
+        self._on_step = on_step
         self._eos = backbone.eos_token_ids
-        self._waiting: deque[_Sequence] = deque()
-        self._active: list[_Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._active: list[Sequence] = []
         self._rows: SamplingRows | None = None
 
     @property
@@ -155,7 +82,7 @@ class Engine:
         self.check(request)
         if any(request.request_id == s.request.request_id for s in (*self._waiting, *self._active)):
             raise ValueError(f"request id {request.request_id!r} is in use")
-        self._waiting.append(_Sequence(request=request, submitted=time.perf_counter()))
+        self._waiting.append(Sequence(request=request, submitted=time.perf_counter()))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running; its slot is free at once. False where it is not known (any more)."""
@@ -216,7 +143,9 @@ class Engine:
             sequence.stats.queue_s = began - sequence.submitted
             sequence.stats.prefill_s = ended - began
             sequence.started = ended
-        return self._emit(first, [[token] for token in tokens])
+        num_prompt_tokens = sum(s.stats.prompt_tokens for s in new)
+        self._record("prefill", ended - began, len(new), 0, num_prompt_tokens)
+        return self._emit(first, [[token] for token in tokens], 0)
 
     def _decode(self) -> list[Delta]:
         if not self._active:
@@ -229,17 +158,26 @@ class Engine:
             self._rows = SamplingRows.of(params + idle, self.backbone.device)
         began = time.perf_counter()
         emitted = self.decoder.step(num_rows, self._rows).tokens
-        self.step_seconds.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.step_seconds.append(seconds)
         for idle_slot in range(live, num_rows):
             self.decoder.free(idle_slot)
-        return self._emit(0, emitted[:live])
+        nodes = self.tree.num_nodes
+        deltas = self._emit(0, emitted[:live], nodes)
+        self._record("decode", seconds, live, nodes, sum(len(delta.token_ids) for delta in deltas))
+        return deltas
 
-    def _emit(self, first: int, emitted: list[list[int]]) -> list[Delta]:
+    def _record(self, phase: Phase, seconds: float, rows: int, nodes: int, tokens: int) -> None:
+        if self._on_step is not None:
+            self._on_step(StepRecord(phase=phase, seconds=seconds, rows=rows, nodes=nodes, tokens=tokens))
+
+    def _emit(self, first: int, emitted: list[list[int]], nodes: int) -> list[Delta]:
         """Give tokens to the sequences from slot `first` on; those that end leave their slots."""
         deltas = []
         for slot, tokens in enumerate(emitted, start=first):
             sequence = self._active[slot]
             kept = self._keep(sequence, tokens)
+            sequence.stats.nodes_per_step.append(min(nodes, sequence.request.params.tree_nodes or nodes))
             completion = self._complete(sequence) if sequence.finish_reason else None
             deltas.append(Delta(request_id=sequence.request.request_id, token_ids=kept, completion=completion))
         for slot in range(len(self._active) - 1, first - 1, -1):
@@ -247,7 +185,7 @@ class Engine:
                 self._remove(slot)
         return deltas
 
-    def _keep(self, sequence: _Sequence, tokens: list[int]) -> list[int]:
+    def _keep(self, sequence: Sequence, tokens: list[int]) -> list[int]:
         """The tokens up to the first that ends the answer: end of sequence, the caller's stop, or max_tokens."""
         request, kept = sequence.request, []
         for token in tokens:
@@ -263,7 +201,7 @@ class Engine:
         sequence.stats.tokens_per_step.append(len(kept))
         return kept
 
-    def _complete(self, sequence: _Sequence) -> Completion:
+    def _complete(self, sequence: Sequence) -> Completion:
         assert sequence.finish_reason is not None
         sequence.stats.decode_s = time.perf_counter() - sequence.started
         return Completion(
@@ -282,20 +220,3 @@ class Engine:
         self._active.pop()
         self.decoder.free(last)
         self._rows = None
-
-
-def check_request(request: Request, *, context_length: int, vocab_size: int) -> None:
-    """PromptError for what no engine of this context and vocabulary can ever serve."""
-    prompt, limit = request.prompt_ids, context_length
-    if not prompt:
-        raise PromptError("the prompt is empty; give at least one token")
-    if len(prompt) >= limit:
-        raise PromptError(f"the prompt has {len(prompt)} tokens and the context {limit}; shorten the prompt")
-    if len(prompt) + request.params.max_tokens > limit:
-        raise PromptError(
-            f"max_tokens {request.params.max_tokens} and a prompt of {len(prompt)} tokens exceed the context of {limit}; "
-            f"ask for max_tokens {limit - len(prompt)} or less"
-        )
-    odd = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if odd is not None:
-        raise PromptError(f"the prompt holds token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")

@@ -19,6 +19,7 @@ GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: S
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
+NO_LIMIT = 2**31
 GREEDY, TYPICAL, REJECTION = (SCHEMES.index(name) for name in ("greedy", "typical", "rejection"))
 
 
@@ -35,10 +36,12 @@ class SamplingRows:
     epsilon: Tensor
     delta: Tensor
     sample_root: Tensor
+    max_nodes: Tensor
     any_typical: bool
     any_walk: bool
     any_noise: bool
     any_filter: bool
+    any_limit: bool
 
     @classmethod
     def of(cls, params: list[SamplingParams], device: torch.device) -> SamplingRows:
@@ -57,12 +60,14 @@ class SamplingRows:
             epsilon=column([p.epsilon for p in params], torch.float64),
             delta=column([p.delta for p in params], torch.float64),
             sample_root=column(noisy, torch.bool),
+            max_nodes=column([p.tree_nodes or NO_LIMIT for p in params], torch.long),
             any_typical="typical" in schemes,
             any_walk=any(s != "typical" for s in schemes),
             any_noise=any(noisy),
             any_filter=any(
                 s != "greedy" and (p.top_p < 1 or p.top_k > 0) for s, p in zip(schemes, params, strict=True)
             ),
+            any_limit=any(p.tree_nodes is not None for p in params),
         )
 
 

@@ -56,6 +56,12 @@ class Tree:
             paths += level
         return cls.from_paths(paths)
 
+    def first(self, num_nodes: int) -> Tree:
+        """The tree of the first `num_nodes` nodes: parents stand before children, so any such cut is a tree."""
+        if not 1 <= num_nodes <= self.num_nodes:
+            raise ValueError(f"num_nodes must lie in [1, {self.num_nodes}], the nodes of this tree, got {num_nodes}")
+        return Tree(self.paths[:num_nodes])
+
     @property
     def num_nodes(self) -> int:
         """N, the root included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,26 @@ def test_every_scheme_runs_and_rows_of_a_mixed_batch_equal_rows_alone() -> None:
     for row, own in enumerate(params):
         alone = run(tree, tokens[row : row + 1], logits[row : row + 1], [own], 3)
         assert (alone.node[0], alone.next_root[0]) == (together.node[row], together.next_root[row])
+
+
+@settings(max_examples=120, deadline=None)
+@given(trees(), st.integers(0, 10**6), st.lists(st.integers(1, 26), min_size=3, max_size=3))
+def test_a_row_limited_to_n_nodes_accepts_what_the_tree_of_its_first_n_nodes_accepts(
+    tree: Tree, seed: int, limits: list[int]
+) -> None:
+    tokens, logits = verified(tree, 3, seed)
+    schemes = [dict(), dict(temperature=0.9, acceptance="rejection"), dict(temperature=0.9)]
+    params = [SamplingParams(tree_nodes=n, seed=seed, **s) for n, s in zip(limits, schemes, strict=True)]  # type: ignore[arg-type]
+    got = run(tree, tokens, logits, params, 4)
+    for row, own in enumerate(params):
+        small = tree.first(min(limits[row], tree.num_nodes))
+        n = small.num_nodes
+        free = replace(own, tree_nodes=None)
+        want = run(small, tokens[row : row + 1, :n], logits[row : row + 1, :n], [free], 4)
+        assert got.node[row] < n
+        assert (got.node[row], got.num_accepted[row], got.next_root[row]) == (
+            want.node[0], want.num_accepted[0], want.next_root[0],
+        )  # fmt: skip
 
 
 def test_padding_never_accepts_a_real_token_zero() -> None:

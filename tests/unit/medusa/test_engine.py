@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa.config import SamplingParams
-from medusa.engine import Completion, Engine, Request
+from medusa.engine import Completion, Engine, Request, StepRecord
 from medusa.errors import PromptError
 from medusa.tree import Tree
 from tests.unit.medusa.tiny import random_heads, tiny_backbone
@@ -215,6 +215,20 @@ def test_heads_that_guess_among_few_tokens_leave_all_tokens_to_the_backbone() ->
     assert set(done.token_ids) - {1, 4, 5, 8} and done.stats.num_steps < 39
     with pytest.raises(ValueError, match="5 best tokens but a head guesses among 4"):
         Engine(BACKBONE, few, tree=Tree.full([5]), max_batch_size=1, context_length=96)
+
+
+def test_each_forward_is_told_and_a_limited_request_stays_within_its_nodes() -> None:
+    records: list[StepRecord] = []
+    made = Engine(BACKBONE, HEADS, tree=TREE, max_batch_size=2, context_length=96, on_step=records.append)
+    requests = [ask(0, max_tokens=20, ignore_eos=True), ask(1, max_tokens=9, ignore_eos=True, tree_nodes=1)]
+    done = answers(requests, made)
+    assert done["1"].token_ids == answers([ask(1, max_tokens=9, ignore_eos=True)], engine())["1"].token_ids
+    assert done["1"].stats.nodes_per_step == [0] + [1] * 8 and done["1"].stats.tokens_per_step == [1] * 9
+    decodes = [r for r in records if r.phase == "decode"]
+    assert done["0"].stats.nodes_per_step[1] == TREE.num_nodes == decodes[0].nodes
+    assert sum(r.tokens for r in records if r.phase == "prefill") == 10, "two prompts of five tokens"
+    assert sum(r.tokens for r in decodes) == 19 + 8 and {r.rows for r in decodes} == {1, 2}
+    assert all(r.seconds > 0 for r in records)
 
 
 def test_impossible_engines_are_refused() -> None:

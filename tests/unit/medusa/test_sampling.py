@@ -152,6 +152,7 @@ def test_rows_keep_their_own_settings_in_a_mixed_batch() -> None:
         ("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1),
         ("seed", -1), ("acceptance", "hopeful"), ("epsilon", 0.0), ("epsilon", 1.5), ("delta", 0.0), ("root", "none"),
         ("max_tokens", "8"), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", "hot"), ("seed", None), ("epsilon", "x"),
+        ("tree_nodes", 0), ("tree_nodes", 2.5),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name_and_value(field: str, value: object) -> None:

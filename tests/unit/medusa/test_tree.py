@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from medusa.tree import Tree
 from tests.unit.medusa.tiny import trees
@@ -37,6 +38,14 @@ def test_short_paths_are_padded_with_no_node_rather_than_with_node_zero(tree: Tr
 
 def test_order_and_repetition_of_paths_do_not_matter() -> None:
     assert Tree.from_paths([(0, 0), (0,), (1,), (0,)]) == Tree.from_paths([(1,), (0,), (0, 0)])
+
+
+@given(trees(), st.integers(1, 24))
+def test_the_first_nodes_of_a_tree_are_a_tree(tree: Tree, num_nodes: int) -> None:
+    cut = tree.first(min(num_nodes, tree.num_nodes))
+    assert cut.paths == Tree.from_paths(cut.paths).paths and cut.paths == tree.paths[: cut.num_nodes]
+    with pytest.raises(ValueError, match=rf"must lie in \[1, {tree.num_nodes}\]"):
+        tree.first(tree.num_nodes + 1)
 
 
 def test_shapes_by_name() -> None:
