@@ -1,13 +1,17 @@
-"""An engine in a thread of its own, awaited from asyncio. Knows token ids and text pieces; knows no HTTP and no Ray.
+"""Engines in one thread of their own, awaited from asyncio. Knows token ids and text pieces; knows no HTTP and no Ray.
 
-The thread alone touches the engine. Everyone else hands it orders (closures) through a queue, which it takes between
+The thread alone touches the engines. Everyone else hands it orders (closures) through a queue, which it takes between
 steps; what a step gave goes back to each reader's event loop. So tokens never wait for clients, nor clients for a lock.
+
+Mostly there is one engine. After a `switch` the new one takes new requests, while the old one, stepped in turn with it,
+finishes its own: no request ever changes engines, so nothing that an engine caches meets another version's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -23,10 +27,16 @@ logger = logging.getLogger(__name__)
 
 MAX_UNREAD_PIECES = 512
 MAX_FAILED_STEPS = 3
+MEAN_WEIGHT = 1 / 8
+DRAIN_POLL_S = 0.02
 
 
 class EngineOverloaded(MedusaError):
-    """As many requests are running and waiting as may; come back later."""
+    """As many requests are running and waiting as may; come back in about `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class EngineUnavailable(MedusaError):
@@ -46,11 +56,37 @@ class Piece:
     completion: Completion | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the loop is: requests with a slot and without, the slots for new requests, nodes of one sequence's tree."""
+
+    running: int
+    waiting: int
+    slots: int
+    nodes: int
+
+    @property
+    def slot_use(self) -> float:
+        """Share of the slots that are taken, at most 1: while an old engine drains there are more than `slots`."""
+        return min(self.running / self.slots, 1.0)
+
+
+@dataclass(eq=False, kw_only=True)
+class Lane:
+    """One engine of the loop, what makes it anew after a failed step, and the tokenizer that its answers are read with."""
+
+    make_engine: Callable[[], Engine]
+    engine: Engine
+    tokenizer: Any
+    failed_steps: int = 0
+
+
 @dataclass(kw_only=True)
 class _Reader:
     """One request in flight: its text so far (the engine's thread) and its unread pieces (the client's event loop)."""
 
     request: Request
+    lane: Lane
     text: TextStream
     events: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]
@@ -109,24 +145,32 @@ class Answer:
 
 
 class EngineLoop:
-    """Owns the engine's thread. `make_engine` is called on start, and again after a step failed: its state is then unknown.
+    """Owns the engines' thread. `make_engine` is called at once, and again after a step failed: its state is then unknown.
 
-    At most `max_batch_size + max_waiting` requests are in flight; one more raises EngineOverloaded at once.
+    At most `max_batch_size + max_waiting` requests are in flight, and none is taken that would wait longer than
+    `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once.
     """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], tokenizer: Any, *, max_waiting: int = 64, stall_after_s: float = 60.0
+        self,
+        make_engine: Callable[[], Engine],
+        tokenizer: Any,
+        *,
+        max_waiting: int = 64,
+        max_wait_s: float = math.inf,
+        stall_after_s: float = 60.0,
     ) -> None:
-        self._make_engine = make_engine
-        self._tokenizer = tokenizer
-        self._engine = make_engine()
-        self.context_length = self._engine.context_length
-        self._max_in_flight = self._engine.max_batch_size + max_waiting
+        self.max_waiting = max_waiting
+        self.max_wait_s = max_wait_s
+        self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
+        self._lanes = [self._current]  # the engine's thread: those that are stepped
         self._stall_after_s = stall_after_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._readers: dict[str, _Reader] = {}
+        self._answer_s = 0.0  # what an answer lately took in its slot; 0 before the first
+        self._draining = False
         self._stopping = False
-        self._failed_steps = 0
+        self._ended = "the engine loop is not running"
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
 
@@ -136,6 +180,23 @@ class EngineLoop:
         self._thread.start()
         return self
 
+    def switch(self, make_engine: Callable[[], Engine], tokenizer: Any) -> Lane:
+        """New requests go to a new engine, which is made here, in the caller's thread; what runs ends where it began.
+
+        The old engine is dropped after its last request. Whatever `make_engine` raises leaves everything as it was.
+        """
+        self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
+        self._orders.put(self._retire)
+        return self._current
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests, for good; True once none is in flight, False when some still are after `timeout_s`."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._readers and time.monotonic() < deadline:
+            time.sleep(DRAIN_POLL_S)
+        return not self._readers
+
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread after its current step; requests in flight get EngineUnavailable. May be called twice."""
         self._orders.put(self._stop)
@@ -143,33 +204,59 @@ class EngineLoop:
             self._thread.join(timeout_s)
 
     @property
+    def lane(self) -> Lane:
+        """Where new requests go."""
+        return self._current
+
+    @property
+    def context_length(self) -> int:
+        return self._current.engine.context_length
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._readers)
 
+    @property
+    def load(self) -> Load:
+        engine = self._current.engine
+        running = min(sum(lane.engine.num_active for lane in list(self._lanes)), len(self._readers))
+        return Load(
+            running=running,
+            waiting=len(self._readers) - running,
+            slots=engine.max_batch_size,
+            nodes=engine.tree.num_nodes,
+        )
+
     def check_health(self) -> None:
-        """Raises EngineUnavailable unless the thread lives and its current step began recently."""
-        if self._stopping or not self._thread.is_alive():
-            raise EngineUnavailable("the engine loop is not running")
+        """Raises EngineUnavailable unless the thread lives and its current step began recently.
+
+        A loop that is found stuck is given up: its readers hear so now, and it takes no more requests.
+        """
         began = self._step_began
-        if began is not None and time.monotonic() - began > self._stall_after_s:
-            raise EngineUnavailable(f"the engine has been in one step for more than {self._stall_after_s:g} s")
+        if not self._stopping and began is not None and time.monotonic() - began > self._stall_after_s:
+            self._stopping = True
+            self._ended = f"the engine has been in one step for more than {self._stall_after_s:g} s"
+            logger.error("%s; the loop is given up with %d requests in flight", self._ended, len(self._readers))
+            self._end_all(self._readers, EngineUnavailable(self._ended))
+        if self._stopping or not self._thread.is_alive():
+            raise EngineUnavailable(self._ended)
 
     # For an event loop
 
-    async def submit(self, request: Request, *, stop: Sequence[str] = ()) -> Answer:
+    async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Lane | None = None) -> Answer:
         """Queue a request and return its pieces. Closing the answer, read or unread, cancels the request.
 
-        Raises at once PromptError for what can never be served, EngineOverloaded and EngineUnavailable; the iterator
-        raises EngineUnavailable for a failed step and SlowReader. `request.on_token` is the loop's own.
+        `lane` is the engine that the request was prepared for, by default the newest; one that was left meanwhile still
+        serves it. Raises at once PromptError for what can never be served, EngineOverloaded and EngineUnavailable; the
+        iterator raises EngineUnavailable for a failed step and SlowReader. `request.on_token` is the loop's own.
         """
-        self._engine.check(request)
-        if len(self._readers) >= self._max_in_flight:
-            raise EngineOverloaded(
-                f"{len(self._readers)} requests are in flight, the most that are taken; try again later"
-            )
+        lane = lane or self._current
+        lane.engine.check(request)
+        self._check_room()
         reader = _Reader(
             request=request,
-            text=TextStream(self._tokenizer, stop),
+            lane=lane,
+            text=TextStream(lane.tokenizer, stop),
             events=asyncio.get_running_loop(),
             pieces=asyncio.Queue(),
         )
@@ -177,11 +264,26 @@ class EngineLoop:
             raise ValueError(f"request id {request.request_id!r} is in use")
         try:
             self.check_health()  # after the line above: a loop that ends now either sees the reader or is seen here
+            if self._draining:
+                raise EngineUnavailable("the server is shutting down")  # noqa: TRY301
         except EngineUnavailable:
             self._readers.pop(request.request_id, None)
             raise
         self._orders.put(lambda: self._admit(reader))
         return Answer(reader, lambda: self._orders.put(lambda: self._cancel(reader)))
+
+    def _check_room(self) -> None:
+        """EngineOverloaded where the queue is full, or so long that its end would wait too long."""
+        slots, in_flight = self._current.engine.max_batch_size, len(self._readers)
+        ahead = in_flight - slots + 1  # answers that must end before this one begins
+        wait_s = max(ahead, 0) * self._answer_s / slots
+        if in_flight >= slots + self.max_waiting:
+            said = f"{in_flight} requests are in flight, the most that are taken"
+        elif wait_s > self.max_wait_s:
+            said = f"{in_flight} requests are in flight: this one would wait about {wait_s:.0f} s to begin"
+        else:
+            return
+        raise EngineOverloaded(f"{said}; try again later", retry_after_s=max(wait_s, 1.0))
 
     # The engine's thread
 
@@ -189,15 +291,17 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._take_orders()
-                if self._engine.has_work:
-                    self._step()
+                for lane in list(self._lanes):  # in turn: an old engine's requests are as good as a new one's
+                    if lane.engine.has_work and not self._stopping:
+                        self._step(lane)
+                self._retire()
         finally:
             self._stopping = True
-            self._end_all(EngineUnavailable("the server is shutting down"))
+            self._end_all(self._readers, EngineUnavailable("the server is shutting down"))
 
     def _take_orders(self) -> None:
         """Carry out what was ordered; with nothing to decode, sleep until something is."""
-        if not self._engine.has_work:
+        if not any(lane.engine.has_work for lane in self._lanes):
             self._orders.get()()
         while True:
             try:
@@ -206,39 +310,49 @@ class EngineLoop:
                 return
             order()
 
-    def _step(self) -> None:
+    def _retire(self) -> None:
+        """Step the newest engine and those that still work; the rest is dropped, caches and all."""
+        current = self._current
+        if len(self._lanes) > 1 or self._lanes[0] is not current:
+            self._lanes = [lane for lane in self._lanes if lane is not current and lane.engine.has_work] + [current]
+
+    def _step(self, lane: Lane) -> None:
         self._step_began = time.monotonic()
         try:
-            deltas = self._engine.step()
+            deltas = lane.engine.step()
         except Exception:
             logger.exception("an engine step failed with %d requests in flight", len(self._readers))
-            self._recover()
+            self._recover(lane)
         else:
             for delta in deltas:
                 self._deliver(delta)
-            self._failed_steps = 0
+            lane.failed_steps = 0
         finally:
             self._step_began = None
 
-    def _recover(self) -> None:
+    def _recover(self, lane: Lane) -> None:
         """The requests of a failed step fail; a fresh engine serves the next. Step after step failing ends the loop."""
-        self._failed_steps += 1
-        self._stopping = self._stopping or self._failed_steps >= MAX_FAILED_STEPS  # before clients hear and ask again
-        self._end_all(EngineUnavailable("the engine failed on this request"))
+        lane.failed_steps += 1
+        self._stopping = self._stopping or lane.failed_steps >= MAX_FAILED_STEPS  # before clients hear and ask again
+        theirs = {name: reader for name, reader in list(self._readers.items()) if reader.lane is lane}
+        self._end_all(theirs, EngineUnavailable("the engine failed on this request"))
         if self._stopping:
-            logger.error("%d engine steps failed in a row; the loop ends", self._failed_steps)
+            logger.error("%d engine steps failed in a row; the loop ends", lane.failed_steps)
         else:
-            del self._engine.decoder  # its cache must be gone before the next one's is allocated
-            self._engine = self._make_engine()
+            del lane.engine.decoder  # its cache must be gone before the next one's is allocated
+            lane.engine = lane.make_engine()
 
     def _admit(self, reader: _Reader) -> None:
         if self._readers.get(reader.request.request_id) is not reader:
             return  # it was ended while it waited here
         try:
-            self._engine.submit(replace(reader.request, on_token=reader.see))
+            reader.lane.engine.submit(replace(reader.request, on_token=reader.see))
         except (MedusaError, ValueError) as error:
             self._cancel(reader)
             reader.send(error)
+            return
+        if reader.lane not in self._lanes:
+            self._lanes.append(reader.lane)
 
     def _deliver(self, delta: Delta) -> None:
         reader = self._readers.get(delta.request_id)
@@ -251,23 +365,32 @@ class EngineLoop:
         text = reader.text.take()
         if delta.completion is not None:
             text += reader.text.finish()
-            del self._readers[delta.request_id]
+            self._forget(reader)
+            self._learn(delta.completion)
         if not reader.send(Piece(text=text, token_ids=tuple(delta.token_ids), completion=delta.completion)):
             self._cancel(reader)
             reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
 
+    def _learn(self, completion: Completion) -> None:
+        """Keep a running mean of what answers take in their slots, the last dozen or so."""
+        took_s = completion.stats.prefill_s + completion.stats.decode_s
+        self._answer_s += (took_s - self._answer_s) * (MEAN_WEIGHT if self._answer_s else 1.0)
+
     def _cancel(self, reader: _Reader) -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""
-        request_id = reader.request.request_id
-        if self._readers.get(request_id) is reader:
-            del self._readers[request_id]
-            self._engine.cancel(request_id)
+        if self._forget(reader):
+            reader.lane.engine.cancel(reader.request.request_id)
 
-    def _end_all(self, error: Exception) -> None:
-        """Tell every reader; the engine, which may be broken, is not touched."""
-        readers, self._readers = list(self._readers.values()), {}
-        for reader in readers:
-            reader.send(error)
+    def _forget(self, reader: _Reader) -> bool:
+        """False where the reader was no longer known: also another thread may have ended it."""
+        request_id = reader.request.request_id
+        return self._readers.get(request_id) is reader and self._readers.pop(request_id, None) is reader
+
+    def _end_all(self, readers: dict[str, _Reader], error: Exception) -> None:
+        """Tell these readers; the engine, which may be broken, is not touched."""
+        for reader in list(readers.values()):
+            if self._forget(reader):
+                reader.send(error)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -18,6 +18,7 @@ from deploy.app import Service, create_app
 from deploy.engine_loop import EngineLoop
 from medusa import Model
 from medusa.engine import Delta, Engine
+from tests.tiny_models import save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
 
 CONTEXT = 256
@@ -42,11 +43,19 @@ def model(tiny_folder: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Another backbone of the same shape with heads of its own: what a MEDUSA-2 champion brings."""
+    folder = save_tiny_folder(tmp_path_factory.mktemp("other") / "llama", "llama", seed=1)
+    plain = medusa.load(folder, heads=None, dtype="float32")
+    return Model(plain.backbone, random_heads(plain.backbone))
+
+
+@pytest.fixture(scope="session")
 def make_loop(model: Model) -> Callable[..., contextlib.AbstractContextManager[EngineLoop]]:
     """`with make_loop(engine_class, max_waiting=…) as loop`: a running loop, stopped after the block."""
 
     @contextlib.contextmanager
-    def make(engine_class: type[Engine] = Engine, **options: int) -> Iterator[EngineLoop]:
+    def make(engine_class: type[Engine] = Engine, **options: float) -> Iterator[EngineLoop]:
         def make_engine() -> Engine:
             return engine_class(
                 model.backbone, model.heads, tree=model.tree, max_batch_size=BATCH, context_length=CONTEXT

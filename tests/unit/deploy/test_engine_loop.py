@@ -76,7 +76,7 @@ def test_an_answer_closed_unread_is_cancelled(model: Model, make_loop: Callable)
 
     with make_loop(PacedEngine) as loop:
         asyncio.run(leave(loop))
-        wait_until(lambda: loop.num_in_flight == 0 and not loop._engine.has_work, timeout_s=1)
+        wait_until(lambda: loop.num_in_flight == 0 and not loop.lane.engine.has_work, timeout_s=1)
 
 
 def test_leaving_an_answer_frees_its_slot(model: Model, make_loop: Callable) -> None:
@@ -87,7 +87,7 @@ def test_leaving_an_answer_frees_its_slot(model: Model, make_loop: Callable) -> 
 
     with make_loop(PacedEngine) as loop:
         asyncio.run(leave(loop))
-        wait_until(lambda: loop.num_in_flight == 0 and not loop._engine.has_work, timeout_s=1)
+        wait_until(lambda: loop.num_in_flight == 0 and not loop.lane.engine.has_work, timeout_s=1)
 
 
 def test_a_bad_prompt_fails_alone_and_at_once(model: Model, make_loop: Callable) -> None:
@@ -172,7 +172,7 @@ def test_what_waited_behind_a_failed_step_is_not_decoded_for_nobody(model: Model
         taken = threading.Event()
         loop._orders.put(taken.set)
         assert taken.wait(5)
-        assert not loop._engine.has_work
+        assert not loop.lane.engine.has_work
 
 
 def test_step_after_step_failing_ends_the_loop_and_its_health(
