@@ -323,7 +323,7 @@ def test_a_pickle_that_could_run_code_is_refused_and_runs_none(tmp_path: Path) -
     torch.save({"0.0.linear.weight": Trap(tmp_path / "sprung")}, trapped)
     with pytest.raises(CheckpointError, match=r"could run code of its author.*refused"):
         import_heads(tmp_path, tmp_path / "back", backbone=BACKBONE)
-    trapped.write_bytes(pickle.dumps({"a": Trap(tmp_path / "sprung")}))
+    trapped.write_bytes(pickle.dumps({"a": Trap(tmp_path / "sprung")}, protocol=2))
     with pytest.raises(CheckpointError):
         import_heads(trapped, tmp_path / "back", backbone=BACKBONE)
     assert not (tmp_path / "sprung").exists()
