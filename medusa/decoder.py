@@ -16,7 +16,8 @@ from medusa.acceptance import accept
 from medusa.backbone import Backbone, Placement
 from medusa.candidates import static_candidates
 from medusa.heads import MedusaHeads
-from medusa.sampling import SamplingRows, draw
+from medusa.logprobs import TokenLogprobs
+from medusa.sampling import SamplingRows
 from medusa.tree import Tree
 
 LENGTH_BUCKET = 128
@@ -25,9 +26,13 @@ CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """What a step emitted for each sequence, on the host: the accepted path's tokens, then the next root."""
+    """What a step emitted for each sequence, on the host: the accepted path's tokens, then the next root.
+
+    `logprobs` stands beside `tokens`; a row that did not ask has an empty entry.
+    """
 
     tokens: list[list[int]]
+    logprobs: list[TokenLogprobs]
 
 
 class Decoder:
@@ -55,6 +60,7 @@ class Decoder:
         self.heads = heads
         self.head_reader = backbone.lm_head_for(heads.vocabulary) if heads else backbone
         self.tree = tree.on(device)
+        self.root_only = Tree.root_only().on(device)
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self.cache = backbone.new_cache(
@@ -67,8 +73,9 @@ class Decoder:
         self._host_lengths = [0] * num_slots
 
     @torch.inference_mode()
-    def prefill(self, first_slot: int, prompts: list[list[int]], rows: SamplingRows) -> list[int]:
-        """Run prompts into slots first_slot, first_slot+1, … and return the first token of each answer.
+    def prefill(self, first_slot: int, prompts: list[list[int]], rows: SamplingRows) -> StepTokens:
+        """Run prompts into slots first_slot, first_slot+1, … and emit the first token of each answer, as a tree would
+        whose root is the last token of the prompt.
 
         Long prompts go in chunks. A prompt that ends before the others writes on past its end: those positions are
         masked until a step overwrites them.
@@ -99,11 +106,15 @@ class Decoder:
             picked = hidden[torch.arange(len(prompts), device=device), last.clamp(0, size - 1)]
             self.hidden[rows_used] = torch.where(here[:, None], picked, self.hidden[rows_used])
             start += size
-        roots = draw(self.backbone.logits(self.hidden[rows_used]), rows, ends)
+        logits = self.backbone.logits(self.hidden[rows_used])[:, None]
+        before = rows.logprobs.before_edits(logits)
+        node = torch.zeros_like(ends)[:, None]
+        roots = accept(self.root_only, node, logits, rows, ends - 1).next_root
         self.lengths[rows_used] = ends
         self.roots[rows_used] = roots
         self._host_lengths[rows_used] = [len(prompt) for prompt in prompts]
-        return roots.tolist()
+        emitted = [[root] for root in roots.tolist()]
+        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
 
     @torch.inference_mode()
     def step(self, num_rows: int, rows: SamplingRows) -> StepTokens:
@@ -119,7 +130,9 @@ class Decoder:
             length=_bucket(max(self._host_lengths[live]) + tree.num_nodes),
         )
         hidden = self.backbone.step(tokens, placement, self.cache)
-        accepted = accept(tree, tokens, self.backbone.logits(hidden), rows, offsets)
+        logits = self.backbone.logits(hidden)
+        before = rows.logprobs.before_edits(logits)
+        accepted = accept(tree, tokens, logits, rows, offsets)
 
         path = tree.node_paths[accepted.node]
         if tree.num_nodes > 1:
@@ -128,7 +141,8 @@ class Decoder:
         self.lengths[live] = offsets + 1 + accepted.num_accepted
         self.roots[live] = accepted.next_root
         below = tokens.gather(1, path.clamp_min(0))[:, 1:]
-        return self._to_host(below, accepted.num_accepted, accepted.next_root)
+        emitted = self._to_host(below, accepted.num_accepted, accepted.next_root)
+        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, path, emitted))
 
     def propose(self, live: slice) -> Tensor:
         """Candidate tokens [B,N] of the live sequences, the root first."""
@@ -154,13 +168,13 @@ class Decoder:
         self.hidden[slot] = 0
         self._host_lengths[slot] = 0
 
-    def _to_host(self, below: Tensor, num_accepted: Tensor, next_root: Tensor) -> StepTokens:
+    def _to_host(self, below: Tensor, num_accepted: Tensor, next_root: Tensor) -> list[list[int]]:
         table = torch.cat([num_accepted[:, None], next_root[:, None], below], dim=1).tolist()
         emitted = []
         for row, (accepted, root, *path) in enumerate(table):
             self._host_lengths[row] += 1 + accepted
             emitted.append([*path[:accepted], root])
-        return StepTokens(tokens=emitted)
+        return emitted
 
 
 def _bucket(length: int) -> int:

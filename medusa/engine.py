@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from medusa.backbone import Backbone
 from medusa.config import SamplingParams
-from medusa.decoder import Decoder
+from medusa.decoder import Decoder, StepTokens
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
 from medusa.request import Completion, Delta, FinishReason, Phase, Request, Sequence, Stats, StepRecord, check_request
@@ -134,7 +134,7 @@ class Engine:
             return []
         began, first = time.perf_counter(), len(self._active)
         rows = SamplingRows.of([s.request.params for s in new], self.backbone.device)
-        tokens = self.decoder.prefill(first, [s.request.prompt_ids for s in new], rows)
+        emitted = self.decoder.prefill(first, [s.request.prompt_ids for s in new], rows)
         ended = time.perf_counter()
         self._active += new
         self._rows = None
@@ -145,7 +145,7 @@ class Engine:
             sequence.started = ended
         num_prompt_tokens = sum(s.stats.prompt_tokens for s in new)
         self._record("prefill", ended - began, len(new), 0, num_prompt_tokens)
-        return self._emit(first, [[token] for token in tokens], 0)
+        return self._emit(first, emitted, 0)
 
     def _decode(self) -> list[Delta]:
         if not self._active:
@@ -154,16 +154,17 @@ class Engine:
         num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
         if self._rows is None:
             params = [s.request.params for s in self._active]
-            idle = [_IDLE] * (num_rows - len(params))
-            self._rows = SamplingRows.of(params + idle, self.backbone.device)
+            idle = num_rows - live
+            emitted = [s.token_ids for s in self._active] + [[]] * idle
+            self._rows = SamplingRows.of(params + [_IDLE] * idle, self.backbone.device, emitted)
         began = time.perf_counter()
-        emitted = self.decoder.step(num_rows, self._rows).tokens
+        step = self.decoder.step(num_rows, self._rows)
         seconds = time.perf_counter() - began
         self.step_seconds.append(seconds)
         for idle_slot in range(live, num_rows):
             self.decoder.free(idle_slot)
         nodes = self.tree.num_nodes
-        deltas = self._emit(0, emitted[:live], nodes)
+        deltas = self._emit(0, step, nodes)
         self._record("decode", seconds, live, nodes, sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
@@ -171,15 +172,22 @@ class Engine:
         if self._on_step is not None:
             self._on_step(StepRecord(phase=phase, seconds=seconds, rows=rows, nodes=nodes, tokens=tokens))
 
-    def _emit(self, first: int, emitted: list[list[int]], nodes: int) -> list[Delta]:
+    def _emit(self, first: int, step: StepTokens, nodes: int) -> list[Delta]:
         """Give tokens to the sequences from slot `first` on; those that end leave their slots."""
         deltas = []
-        for slot, tokens in enumerate(emitted, start=first):
-            sequence = self._active[slot]
+        for sequence, tokens, logprobs in zip(self._active[first:], step.tokens, step.logprobs, strict=False):
             kept = self._keep(sequence, tokens)
+            sequence.logprobs += logprobs[: len(kept)]
             sequence.stats.nodes_per_step.append(min(nodes, sequence.request.params.tree_nodes or nodes))
             completion = self._complete(sequence) if sequence.finish_reason else None
-            deltas.append(Delta(request_id=sequence.request.request_id, token_ids=kept, completion=completion))
+            deltas.append(
+                Delta(
+                    request_id=sequence.request.request_id,
+                    token_ids=kept,
+                    completion=completion,
+                    logprobs=logprobs[: len(kept)],
+                )
+            )
         for slot in range(len(self._active) - 1, first - 1, -1):
             if self._active[slot].finish_reason:
                 self._remove(slot)
@@ -209,6 +217,7 @@ class Engine:
             token_ids=sequence.token_ids,
             finish_reason=sequence.finish_reason,
             stats=sequence.stats,
+            logprobs=tuple(sequence.logprobs),
         )
 
     def _remove(self, slot: int) -> None:

@@ -121,6 +121,7 @@ class Sequence:
     request: Request
     submitted: float
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     started: float = 0.0
     finish_reason: FinishReason | None = None
@@ -138,6 +139,7 @@ def check_request(request: Request, *, context_length: int, vocab_size: int) -> 
             f"max_tokens {request.params.max_tokens} and a prompt of {len(prompt)} tokens exceed the context of {limit}; "
             f"ask for max_tokens {limit - len(prompt)} or less"
         )
-    odd = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if odd is not None:
-        raise PromptError(f"the prompt holds token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")
+    for name, tokens in (("the prompt holds", prompt), ("logit_bias names", request.params.logit_bias)):
+        odd = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if odd is not None:
+            raise PromptError(f"{name} token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")
