@@ -14,8 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 
 import medusa
-from deploy.app import Service, create_app
+from deploy.app import create_app
 from deploy.engine_loop import EngineLoop
+from deploy.service import Service
 from medusa import Model
 from medusa.engine import Delta, Engine
 from tests.tiny_models import save_tiny_folder
