@@ -33,6 +33,7 @@ class Answering:
     def __init__(self, service: Service, settings: ServeSection) -> None:
         self._service = service
         self._settings = settings
+        self._tokens = TokenTexts(service.model.backbone.tokenizer)
 
     async def answer(
         self, request: Request, body: GenerationRequest, prompts: Sequence[Any], reply_class: type[Reply]
@@ -46,8 +47,7 @@ class Answering:
         choices = await submit(
             body,
             await self._encode(body, prompts),
-            loop=service.loop,
-            vocab_size=service.model.backbone.vocab_size,
+            service=service,
             request_id=request_id,
             settings=settings,
         )
@@ -79,7 +79,7 @@ class Answering:
             fingerprint=service.fingerprint,
             n=body.n,
             tree_depth=service.model.tree.depth,
-            tokens=TokenTexts(service.model.backbone.tokenizer),
+            tokens=self._tokens,
             with_logprobs=body.num_logprobs is not None,
         )
 

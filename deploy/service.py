@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deploy.api.errors import ApiError
 from deploy.api.protocol import ModelCard
-from deploy.engine_loop import EngineLoop
+from deploy.engine_loop import EngineLoop, Lane
 from medusa.generate import Model
 
 
@@ -15,13 +16,16 @@ from medusa.generate import Model
 class Service:
     """One served model: the name clients ask for, the model that writes the prompt, the loop that answers it.
 
-    `fingerprint` tells clients which weights answered (OpenAI's `system_fingerprint`).
+    `fingerprint` tells clients which weights answered (OpenAI's `system_fingerprint`). `lane` is the loop's engine for
+    this very model, None for its newest. `status` is what `/health` tells beside "ok".
     """
 
     name: str
     model: Model
     loop: EngineLoop
     fingerprint: str
+    lane: Lane | None = None
+    status: Callable[[], dict[str, str]] = dict
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

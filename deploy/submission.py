@@ -10,7 +10,8 @@ from deploy.api.errors import bad_request
 from deploy.api.protocol import GenerationRequest
 from deploy.api.translate import sampling_params
 from deploy.choices import Choices
-from deploy.engine_loop import Answer, EngineLoop
+from deploy.engine_loop import Answer
+from deploy.service import Service
 from medusa.config import SamplingParams
 from medusa.engine import Request as EngineRequest
 from medusa.errors import PromptError
@@ -21,8 +22,7 @@ async def submit(
     request: GenerationRequest,
     prompts: Sequence[list[int]],
     *,
-    loop: EngineLoop,
-    vocab_size: int,
+    service: Service,
     request_id: str,
     settings: ServeSection,
 ) -> Choices:
@@ -35,6 +35,7 @@ async def submit(
         raise bad_request(
             f"{asked} asks for {count} answers; one request may ask for {settings.max_choices}", param=field
         )
+    loop, vocab_size = service.loop, service.model.backbone.vocab_size
     params = [
         sampling_params(request, room=loop.context_length - len(ids), vocab_size=vocab_size, settings=settings)
         for ids in prompts
@@ -45,7 +46,7 @@ async def submit(
         for choice in range(request.n)
     ]
     try:
-        answers = await _all_or_none(wanted, loop, request.stops)
+        answers = await _all_or_none(wanted, service, request.stops)
     except PromptError as error:
         raise bad_request(str(error), param=request.prompt_field) from None
     return Choices(answers, num_prompt_tokens=sum(map(len, prompts)), timeout_s=settings.request_timeout_s)
@@ -55,11 +56,11 @@ def _engine_request(ids: list[int], params: SamplingParams, *, choice: int, requ
     return EngineRequest(prompt_ids=ids, params=replace(params, choice=choice), request_id=request_id)
 
 
-async def _all_or_none(wanted: Sequence[EngineRequest], loop: EngineLoop, stops: Sequence[str]) -> list[Answer]:
+async def _all_or_none(wanted: Sequence[EngineRequest], service: Service, stops: Sequence[str]) -> list[Answer]:
     answers: list[Answer] = []
     async with AsyncExitStack() as undo:
         for each in wanted:
-            answers.append(await loop.submit(each, stop=stops))
+            answers.append(await service.loop.submit(each, stop=stops, lane=service.lane))
             undo.push_async_callback(answers[-1].aclose)
         undo.pop_all()
     return answers

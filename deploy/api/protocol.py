@@ -204,6 +204,10 @@ class ModelList(Wire):
 
 
 class Health(Wire):
+    """That all is well, and what the server tells beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
     status: Literal["ok"] = "ok"
 
 
