@@ -22,6 +22,7 @@ from typing import Any
 from medusa.detokenize import TextStream
 from medusa.engine import Completion, Delta, Engine, Request
 from medusa.errors import MedusaError
+from medusa.logprobs import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,14 @@ class SlowReader(MedusaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one step added to an answer. `completion` comes with the last piece, and only then."""
+    """What one step added to an answer. `completion` comes with the last piece, and only then.
+
+    `logprobs` stands beside `token_ids` where the request asked for it; both run ahead of text that is still held back.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
     completion: Completion | None = None
 
 
@@ -367,7 +372,8 @@ class EngineLoop:
             text += reader.text.finish()
             self._forget(reader)
             self._learn(delta.completion)
-        if not reader.send(Piece(text=text, token_ids=tuple(delta.token_ids), completion=delta.completion)):
+        piece = Piece(text=text, token_ids=tuple(delta.token_ids), logprobs=delta.logprobs, completion=delta.completion)
+        if not reader.send(piece):
             self._cancel(reader)
             reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import medusa
-from deploy.app import Service
 from deploy.engine_loop import EngineLoop
+from deploy.service import Service
 from medusa.engine import Engine
 from medusa.errors import CheckpointError
 from medusa.generate import Model

@@ -61,11 +61,13 @@ class Replica:
         for package in ("medusa", "pipelines", "deploy"):
             logging.getLogger(package).setLevel(logging.INFO)
             logging.getLogger(package).handlers = logging.getLogger("ray.serve").handlers
-        self._service = load_service(Config.model_validate(config))
+        settings = Config.model_validate(config)
+        self._settings = settings.serve
+        self._service = load_service(settings)
         self._service.loop.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service)
+        return create_app(self._service, self._settings, behind_proxy=True)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -23,12 +23,15 @@ from pydantic import (
     ValidationError,
 )
 
+from medusa.config import DEFAULT_DELTA, DEFAULT_EPSILON
 from pipelines.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(gt=0, le=1)]
+KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _absolute_folder(text: str) -> str:
@@ -316,13 +319,31 @@ class RunSection(Section):
 
 
 class ServeSection(Section):
-    """What serving needs to know; the serving layer reads it, this layer only carries it."""
+    """What serving needs to know; the serving layer reads it, this layer only carries it.
+
+    `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
+    most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
+    `max_body_bytes`. Where there are API keys, clients must send one: `api_keys` are their SHA-256 hashes, as
+    `medusa key new` prints them, `api_keys_file` has one hash a line. Browsers of `cors_origins` ("*": any) may ask.
+    `access_log` writes one JSON line a request, without what was asked unless `log_prompts`.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     max_batch_size: PositiveInt = 8
     context_length: PositiveInt = 2048
     alias: str = "champion"
+    acceptance: Literal["typical", "rejection"] = "typical"
+    epsilon: Threshold = DEFAULT_EPSILON
+    delta: Threshold = DEFAULT_DELTA
+    max_choices: PositiveInt = 16
+    max_body_bytes: PositiveInt = 4 * 2**20
+    request_timeout_s: PositiveFloat = 600
+    api_keys: tuple[KeyHash, ...] = ()
+    api_keys_file: AbsolutePath | None = None
+    cors_origins: tuple[str, ...] = ()
+    access_log: bool = True
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

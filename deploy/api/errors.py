@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TYPES = {
-    400: "invalid_request_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
@@ -41,7 +38,14 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients parse."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": _sendable(self.message),
+                "type": kind,
+                "param": _sendable(self.param),
+                "code": self.code,
+            }
+        }
 
     def event(self) -> str:
         """The same object as a server-sent event: how a stream that has begun says that it failed."""
@@ -58,6 +62,16 @@ def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
     return ApiError(429, message, code="engine_overloaded", headers={"Retry-After": str(retry_after_s)})
 
 
+def unauthorized(message: str) -> ApiError:
+    """401: no key, or none of ours."""
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def timed_out(message: str) -> ApiError:
+    """408: it took longer than a request may. Asked again it would most likely take as long, so clients should not."""
+    return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
+
+
 def unavailable(message: str) -> ApiError:
     """503: this replica cannot answer; another may."""
     return ApiError(503, message, code="engine_unavailable")
@@ -69,9 +83,12 @@ def internal() -> ApiError:
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 for the first of pydantic's `errors()`: a client repairs one field at a time."""
-    first = errors[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    """400 for the first field that pydantic's `errors()` name: a client repairs one at a time. Places begin with "body".
+
+    A union gives errors of each of its members; the one that came deepest is the one that the client meant.
+    """
+    first = max((error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(_path(e)))
+    path = _path(first)
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "invalid JSON")
         return bad_request(f"the request body is not valid JSON: {reason}", code="invalid_json")
@@ -92,12 +109,26 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return bad_request(f"{param or 'body'}: {reason}, got {_shown(first.get('input'))}", param=param)
 
 
+def _path(error: Mapping[str, Any]) -> list[str]:
+    """Where a client finds the fault: without the union's members that pydantic names, `stop.list[constrained-str].0`."""
+    return [str(part) for part in error["loc"][1:] if not _names_a_type(part)]
+
+
+def _names_a_type(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
+
+
 class UnsupportedField(ValueError):
     """A field of the protocol that this server knows and does not do; raised inside validators."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         super().__init__(message)
+
+
+def _sendable(text: str | None) -> str | None:
+    """JSON may name half of a surrogate pair, which UTF-8 cannot; an error that quotes it must still leave."""
+    return text and text.encode(errors="backslashreplace").decode()
 
 
 def _shown(value: Any, limit: int = 80) -> str:

@@ -1,68 +1,51 @@
-"""The chat completion protocol as pydantic models: OpenAI's fields, and this project's own beside them. Pure data.
+"""What the two completion protocols share, as pydantic models: OpenAI's fields and this project's own. Pure data.
 
 Every field of OpenAI's request either works or is refused by name; none is silently ignored. A field that this server
-does not do passes at the value that asks for nothing (`n: 1`, `logprobs: false`), because clients send those.
+does not do passes at the value that asks for nothing (`min_p: 0`, `tools: []`), because clients send those.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deploy.api.errors import UnsupportedField
-from medusa.config import DEFAULT_DELTA, DEFAULT_EPSILON, Scheme
+from medusa.config import MAX_BIAS, MAX_PENALTY, MAX_TOP_LOGPROBS, Scheme
 
 MAX_STOPS = 16
+MAX_BIASED_TOKENS = 1024
 
 # Field → the values (null besides) that ask for nothing beyond what is done anyway.
-REQUEST_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
+NO_OPS: Mapping[str, tuple[Any, ...]] = {
+    "chat_template": (),  # a template is a program: the server's own alone is run
+    "chat_template_kwargs": ({},),
     "metadata": ({},),
     "min_p": (0,),
     "min_tokens": (0,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "tree_nodes": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-# What clients echo back when they append an earlier answer to the conversation.
-MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_calls": ([],),
 }
 
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+Threshold = Annotated[float, Field(gt=0, le=1)]
+StopText = Annotated[str, Field(min_length=1)]
+TokenLimit = Annotated[int, Field(ge=1)]
 
-def _without_no_ops(fields: Any, no_ops: Mapping[str, tuple[Any, ...]]) -> Any:
+
+def without_no_ops(fields: Any, no_ops: Mapping[str, tuple[Any, ...]]) -> Any:
     """`fields` less those of `no_ops`; raises UnsupportedField for one that asks for something."""
     if not isinstance(fields, Mapping):
         return fields
     for name in fields.keys() & no_ops.keys():
         value, allowed = fields[name], no_ops[name]
-        # The type counts: True == 1 in Python, but `n: true` is a mistake and `logprobs: 1` a request.
+        # The type counts: True == 1 in Python, but `repetition_penalty: true` is a mistake.
         if value is not None and not any(value == no_op and _alike(value, no_op) for no_op in allowed):
             instead = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
             raise UnsupportedField(name, f"{name} is not supported by this server; leave it out{instead}")
@@ -73,77 +56,73 @@ def _alike(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool)
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+class Wire(BaseModel):
+    """A frozen JSON object that refuses fields it does not know and values of another JSON type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-class TextPart(_Wire):
-    """One part of a message's content; text is the only kind that a text model reads."""
+class UsageIn(enum.Enum):
+    """Which chunks of a stream tell usage."""
 
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Wire):
-    """One turn. `developer` is OpenAI's newer word for `system`, and templates know the older."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, fields: Any) -> Any:
-        return _without_no_ops(fields, MESSAGE_NO_OPS)
-
-    def as_turn(self) -> dict[str, str]:
-        """As chat templates want it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    NONE = enum.auto()
+    LAST_CHUNK = enum.auto()  # OpenAI's include_usage
+    EVERY_CHUNK = enum.auto()  # vLLM's continuous_usage_stats beside it
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
+    """How to stream. `include_usage` adds a last chunk without choices that tells the usage of the whole request; with
+    `continuous_usage_stats` (vLLM's) every chunk tells the usage so far."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False  # OpenAI pads chunks against traffic analysis; not done here
+
+    @model_validator(mode="after")
+    def _agree(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats is only allowed with include_usage: true")
+        return self
 
 
-class ChatRequest(_Wire):
-    """Body of POST /v1/chat/completions. Null means the default, as everywhere in OpenAI's protocol.
+class GenerationRequest(Wire):
+    """What a request for chat and one for a completion have in common. Null means the default, as everywhere in OpenAI's.
 
-    `temperature` is OpenAI's 1 unless given, so acceptance is typical unless `acceptance` says otherwise; 0 is greedy.
-    Ours beyond OpenAI: `top_k`, `acceptance`, `epsilon`, `delta`, `ignore_eos`.
+    `temperature` is OpenAI's 1 unless given; 0 is greedy. Ours beyond OpenAI: `top_k`, `acceptance`, `epsilon`, `delta`
+    (null: the server's configuration decides), `tree_nodes` (most nodes of this request's tree), `ignore_eos`.
     """
 
+    no_ops: ClassVar[Mapping[str, tuple[Any, ...]]] = NO_OPS
+    prompt_field: ClassVar[str]
+
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], max_length=MAX_STOPS
-    )
+    stop: StopText | list[StopText] = Field(default=[], max_length=MAX_STOPS)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[TokenKey, Bias] = Field(default={}, max_length=MAX_BIASED_TOKENS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's label for abuse reports; changes no answer
-    safety_identifier: str | None = None  # its successor
-    prompt_cache_key: str | None = None  # a routing hint; changes no answer
     acceptance: Scheme | None = None
-    epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
-    delta: Annotated[float, Field(gt=0, le=1)] = DEFAULT_DELTA
+    epsilon: Threshold | None = None
+    delta: Threshold | None = None
+    tree_nodes: Annotated[int, Field(ge=1)] | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, fields: Any) -> Any:
-        kept = _without_no_ops(fields, REQUEST_NO_OPS)
+        kept = without_no_ops(fields, cls.no_ops)
         return {name: value for name, value in kept.items() if value is not None} if isinstance(kept, dict) else kept
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise ValueError(f"max_tokens {both[0]} and max_completion_tokens {both[1]} disagree; send one of them")
+    def _agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream: true")
         return self
@@ -151,62 +130,67 @@ class ChatRequest(_Wire):
     @property
     def limit(self) -> int | None:
         """Most tokens wanted; None leaves it to the context."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that `limit` was read from."""
+        return "max_tokens"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives whose log-probabilities are wanted beside each token's; None: no log-probabilities at all."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in(self) -> UsageIn:
+        options = self.stream_options or StreamOptions()
+        if not options.include_usage:
+            return UsageIn.NONE
+        return UsageIn.EVERY_CHUNK if options.continuous_usage_stats else UsageIn.LAST_CHUNK
 
 
-class Usage(_Wire):
+class PromptTokensDetails(Wire):
+    cached_tokens: int  # prompt tokens that were taken from the prefix cache
+
+
+class Usage(Wire):
+    """Tokens of one request: of each prompt once, of all answers together."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None
 
 
-class Choice(_Wire):
-    index: int = 0
-    message: dict[str, str | None]
-    logprobs: None = None
-    finish_reason: str
+class SpeculativeDecoding(Wire):
+    """How guessing went, in the words of vLLM's per-request statistics; the prefill's token belongs to no step.
+
+    `mean_acceptance_length` counts the token that every step gives by itself, `draft_acceptance_rate` is null where
+    nothing was guessed, `acceptance_histogram[j]` the steps in which j guesses came true. All nodes of a tree below its
+    root are draft tokens, though at most `num_spec_tokens`, its depth, can come true together.
+    """
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float | None
+    acceptance_histogram: list[int]
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    num_spec_tokens: int
 
 
-class ChatCompletion(_Wire):
-    """Answer to a request without `stream`."""
+class Metrics(Wire):
+    """What is told of an answer beyond OpenAI's protocol; null for answers that needed no step."""
 
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage
+    speculative_decoding: SpeculativeDecoding | None
 
 
-class ChunkChoice(_Wire):
-    index: int = 0
-    delta: dict[str, str]
-    logprobs: None = None
-    finish_reason: str | None = None
-
-
-class ChatChunk(_Wire):
-    """One server-sent event of an answer with `stream`."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class ModelCard(_Wire):
+class ModelCard(Wire):
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -214,6 +198,31 @@ class ModelCard(_Wire):
     max_model_len: int
 
 
-class ModelList(_Wire):
+class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Health(Wire):
+    """That all is well, and what the server tells beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(Wire):
+    version: str
+
+
+class ErrorDetail(Wire):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Wire):
+    """Every failure on the wire."""
+
+    error: ErrorDetail

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Set
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,17 +13,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 
 
-def event(payload: BaseModel) -> str:
-    """One event whose data is `payload` as JSON."""
-    return f"data: {payload.model_dump_json()}\n\n"
+def event(payload: BaseModel, *, leave_out: Set[str] = frozenset()) -> str:
+    """One event whose data is `payload` as JSON, without the fields of `leave_out`."""
+    return f"data: {payload.model_dump_json(exclude=set(leave_out))}\n\n"
 
 
 class EventStream(Response):
     """Sends each event as its own body message the moment it exists, and calls `release` when the client goes.
+
+    A client that reads so slowly that the stream is not through after `timeout_s` is cut off without an end.
 
     Starlette's StreamingResponse leaves a generator's end to the garbage collector; and a generator that was never
     begun has no end, so what it holds is released here.
@@ -30,16 +35,22 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str], *, release: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str], *, release: Callable[[], Awaitable[None]], timeout_s: float
+    ) -> None:
         # Proxies must pass events on as they come.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._release = release
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _until_disconnect(self._send(send), receive)
+            async with asyncio.timeout(self._timeout_s):
+                await _until_disconnect(self._send(send), receive)
+        except TimeoutError:
+            logger.warning("a client did not read its stream within %g s and is cut off", self._timeout_s)
         finally:
             await self._release()
 

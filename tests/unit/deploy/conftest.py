@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -14,10 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 
 import medusa
-from deploy.app import Service, create_app
-from deploy.engine_loop import EngineLoop
+from deploy.app import create_app
+from deploy.engine_loop import EngineLoop, Piece
+from deploy.service import Service
 from medusa import Model
-from medusa.engine import Delta, Engine
+from medusa.detokenize import TextStream
+from medusa.engine import Completion, Delta, Engine, Request, Stats
+from medusa.logprobs import TokenLogprob
+from pipelines.config import ServeSection
 from tests.tiny_models import save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
 
@@ -93,13 +100,74 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture(scope="session")
-def serve_app(model: Model) -> Callable[[EngineLoop], contextlib.AbstractContextManager[str]]:
-    """`with serve_app(loop) as url`."""
+def serve_app(model: Model) -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """`with serve_app(loop, **settings) as url`; `settings` are keys of the configuration's section `serve`."""
 
-    def start(loop: EngineLoop) -> contextlib.AbstractContextManager[str]:
-        return http_server(create_app(Service(name="tiny", model=model, loop=loop, fingerprint="fp_test")))
+    def start(loop: Any, **settings: Any) -> contextlib.AbstractContextManager[str]:
+        service = Service(name="tiny", model=model, loop=loop, fingerprint="fp_test")
+        return http_server(create_app(service, ServeSection(**settings)))
 
     return start
+
+
+class ScriptedLoop:
+    """In place of an engine loop: every answer is `token_ids`, one a step, whatever was asked; as many as choices.
+
+    The text is a real text stream's. `pause_s` lies before each step; log-probability −k/4 is the k-th token's.
+    """
+
+    context_length = CONTEXT
+
+    def __init__(self, tokenizer: Any, token_ids: Sequence[int], *, pause_s: float = 0.0) -> None:
+        self.requests: list[Request] = []
+        self.closed = 0
+        self._tokenizer = tokenizer
+        self._token_ids = list(token_ids)
+        self._pause_s = pause_s
+
+    def check_health(self) -> None:
+        """Always well."""
+
+    async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Any = None) -> ScriptedAnswer:
+        self.requests.append(request)
+        return ScriptedAnswer(self, self._pieces(request, TextStream(self._tokenizer, stop)))
+
+    async def _pieces(self, request: Request, text: TextStream) -> AsyncGenerator[Piece]:
+        stats = Stats(prompt_tokens=len(request.prompt_ids), cached_tokens=1)
+        for count, token in enumerate(self._token_ids, start=1):
+            await asyncio.sleep(self._pause_s)
+            text.push(token)
+            stats.tokens_per_step.append(1)
+            stats.nodes_per_step.append(3 if count > 1 else 0)
+            piece = Piece(text=text.take(), token_ids=(token,))
+            if request.params.logprobs is not None:
+                top = tuple((other, -other / 8) for other in range(request.params.logprobs))
+                piece = replace(piece, logprobs=(TokenLogprob(token_id=token, logprob=-count / 4, top=top),))
+            if count == len(self._token_ids):
+                ids = self._token_ids
+                done = Completion(request_id=request.request_id, token_ids=ids, finish_reason="length", stats=stats)
+                piece = replace(piece, text=piece.text + text.finish(), completion=done)
+            yield piece
+
+
+class ScriptedAnswer:
+    """As `deploy.engine_loop.Answer`."""
+
+    def __init__(self, loop: ScriptedLoop, pieces: AsyncGenerator[Piece]) -> None:
+        self._loop = loop
+        self._pieces = pieces
+        self._open = True
+
+    def __aiter__(self) -> ScriptedAnswer:
+        return self
+
+    async def __anext__(self) -> Piece:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        self._loop.closed += self._open
+        self._open = False
+        await self._pieces.aclose()
 
 
 @pytest.fixture(scope="session")

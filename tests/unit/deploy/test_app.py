@@ -11,9 +11,11 @@ import httpx
 import openai
 import pytest
 
-from deploy.app import MAX_BODY_BYTES, Service, create_app
+from deploy.app import create_app
+from deploy.service import Service
 from medusa import Model
 from medusa.engine import Delta, Engine
+from pipelines.config import ServeSection
 from tests.unit.deploy.conftest import BATCH, CONTEXT, PacedEngine, http_server, wait_until
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -74,7 +76,7 @@ def test_a_stream_without_usage_ends_with_done(url: str) -> None:
         assert response.headers["content-type"].startswith("text/event-stream")
         *chunks, done = events(response)
     assert done == "[DONE]"
-    assert all(json.loads(chunk)["usage"] is None for chunk in chunks)
+    assert all("usage" not in json.loads(chunk) for chunk in chunks)
 
 
 def test_text_leaves_as_it_is_decoded(make_loop: Callable, serve_app: Callable) -> None:
@@ -135,7 +137,9 @@ def test_models_health_version(client: openai.OpenAI, url: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "param", "code"),
     [
-        ({"n": 2}, 400, "n", "unsupported_parameter"),
+        ({"n": 17}, 400, "n", None),
+        ({"logit_bias": {"300": 1}}, 400, "logit_bias", None),
+        ({"chat_template": "{{ messages }}"}, 400, "chat_template", "unsupported_parameter"),
         ({"max_tokens": 0}, 400, "max_tokens", None),
         ({"max_tokens": CONTEXT}, 400, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "long " * CONTEXT}]}, 400, "messages", "context_length_exceeded"),
@@ -143,7 +147,7 @@ def test_models_health_version(client: openai.OpenAI, url: str) -> None:
         ({"temperature": -1}, 400, "temperature", None),
         ({"epsilon": 2}, 400, "epsilon", None),
         ({"model": "gpt-5"}, 404, "model", "model_not_found"),
-        ({"stop": [""]}, 400, "stop.list[constrained-str].0", None),
+        ({"stop": [""]}, 400, "stop.0", None),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -153,7 +157,7 @@ def test_a_bad_request_is_refused_before_anything_is_sent(
     response = httpx.post(f"{url}/v1/chat/completions", json={**ASK, **fields, "stream": stream})
     error = error_of(response)
     assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
-    assert (error["param"] or "").startswith(param.partition(".")[0])
+    assert error["param"] == param
 
 
 def test_a_body_of_another_content_type_is_told_which_header_to_send(url: str) -> None:
@@ -179,7 +183,7 @@ def test_unknown_routes_and_methods(url: str) -> None:
 
 
 def test_a_body_too_large_is_a_413_announced_or_not(url: str) -> None:
-    padding = b" " * (MAX_BODY_BYTES + 1)
+    padding = b" " * (ServeSection().max_body_bytes + 1)
     for content in (padding, iter([padding])):
         response = httpx.post(
             f"{url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
@@ -246,8 +250,3 @@ def test_a_client_that_leaves_frees_its_slot(make_loop: Callable, serve_app: Cal
                 httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=httpx.Timeout(10, read=0.3))
         # The answer itself would take seconds.
         wait_until(lambda: loop.num_in_flight == 0, timeout_s=1)
-
-
-def test_openapi_describes_the_request(url: str) -> None:
-    document = httpx.get(f"{url}/openapi.json").json()
-    assert "ChatRequest" in document["components"]["schemas"]
