@@ -54,11 +54,12 @@ class Checkpoint:
     folder: FilePath | None = None
 
     def tree(self, num_nodes: int | None = None) -> Tree:
-        """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice)."""
+        """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice), in growth order:
+        its first n nodes are the best tree of n."""
         wanted = num_nodes or self.default_nodes or len(self.paths) + 1
         if not 1 <= wanted <= len(self.paths) + 1:
             raise ValueError(f"tree must have 1 to {len(self.paths) + 1} nodes with these heads, got {wanted}")
-        return Tree.from_paths(self.paths[: wanted - 1])
+        return Tree.grown(self.paths[: wanted - 1])
 
 
 def save_checkpoint(
@@ -75,7 +76,7 @@ def save_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
 ) -> FilePath:
     """Write the folder, whole or not at all; an existing one is replaced. `card` is free text by heading for README.md."""
-    Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
     target = FilePath(folder)
     rows = accuracy.tolist() if isinstance(accuracy, Tensor) else accuracy
     config = {
@@ -253,7 +254,7 @@ def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
     value = _read_json(path).get("paths")
     try:
         paths = [tuple(int(rank) for rank in ranks) for ranks in value]  # type: ignore[union-attr]
-        Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+        Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable tree: {error}") from None
     return paths

@@ -16,7 +16,8 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to answer. `on_token` sees each new token and ends the answer after one for which it returns True."""
+    """One prompt to answer. `on_token` sees each new token and ends the answer after one for which it returns True; where
+    it raises, the answer ends with that `error`, and no other."""
 
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -112,19 +113,6 @@ class StepRecord:
     rows: int
     nodes: int
     tokens: int
-
-
-@dataclass(kw_only=True)
-class Sequence:
-    """A request on its way through the engine. `started` is when its first token came."""
-
-    request: Request
-    submitted: float
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
-    started: float = 0.0
-    finish_reason: FinishReason | None = None
 
 
 def check_request(request: Request, *, context_length: int, vocab_size: int) -> None:
