@@ -176,7 +176,7 @@ class EngineLoop:
         self._draining = False
         self._stopping = False
         self._ended = "the engine loop is not running"
-        self._step_began: float | None = None
+        self._awake_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
 
     # For any thread
@@ -198,7 +198,7 @@ class EngineLoop:
         """Take no more requests, for good; True once none is in flight, False when some still are after `timeout_s`."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._readers and time.monotonic() < deadline:
+        while self._readers and not self._stopping and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         return not self._readers
 
@@ -233,11 +233,11 @@ class EngineLoop:
         )
 
     def check_health(self) -> None:
-        """Raises EngineUnavailable unless the thread lives and its current step began recently.
+        """Raises EngineUnavailable unless the thread lives and is idle or began its current round recently.
 
         A loop that is found stuck is given up: its readers hear so now, and it takes no more requests.
         """
-        began = self._step_began
+        began = self._awake_since
         if not self._stopping and began is not None and time.monotonic() - began > self._stall_after_s:
             self._stopping = True
             self._ended = f"the engine has been in one step for more than {self._stall_after_s:g} s"
@@ -296,6 +296,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._take_orders()
+                self._awake_since = time.monotonic()
                 for lane in list(self._lanes):  # in turn: an old engine's requests are as good as a new one's
                     if lane.engine.has_work and not self._stopping:
                         self._step(lane)
@@ -307,7 +308,10 @@ class EngineLoop:
     def _take_orders(self) -> None:
         """Carry out what was ordered; with nothing to decode, sleep until something is."""
         if not any(lane.engine.has_work for lane in self._lanes):
-            self._orders.get()()
+            self._awake_since = None
+            order = self._orders.get()
+            self._awake_since = time.monotonic()
+            order()
         while True:
             try:
                 order = self._orders.get_nowait()
@@ -322,7 +326,6 @@ class EngineLoop:
             self._lanes = [lane for lane in self._lanes if lane is not current and lane.engine.has_work] + [current]
 
     def _step(self, lane: Lane) -> None:
-        self._step_began = time.monotonic()
         try:
             deltas = lane.engine.step()
         except Exception:
@@ -332,8 +335,6 @@ class EngineLoop:
             for delta in deltas:
                 self._deliver(delta)
             lane.failed_steps = 0
-        finally:
-            self._step_began = None
 
     def _recover(self, lane: Lane) -> None:
         """The requests of a failed step fail; a fresh engine serves the next. Step after step failing ends the loop."""
