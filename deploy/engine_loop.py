@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deploy.metrics import FailureReason, Metrics, RequestMetrics
 from medusa.detokenize import TextStream
 from medusa.engine import Completion, Delta, Engine, Request
 from medusa.errors import MedusaError
@@ -92,6 +93,7 @@ class _Reader:
 
     request: Request
     lane: Lane
+    metrics: RequestMetrics
     text: TextStream
     events: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]
@@ -153,7 +155,8 @@ class EngineLoop:
     """Owns the engines' thread. `make_engine` is called at once, and again after a step failed: its state is then unknown.
 
     At most `max_batch_size + max_waiting` requests are in flight, and none is taken that would wait longer than
-    `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once.
+    `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once. `metrics` is
+    told of every request and of the load.
     """
 
     def __init__(
@@ -164,9 +167,11 @@ class EngineLoop:
         max_waiting: int = 64,
         max_wait_s: float = math.inf,
         stall_after_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         self.max_waiting = max_waiting
         self.max_wait_s = max_wait_s
+        self.metrics = metrics or Metrics()
         self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
         self._lanes = [self._current]  # the engine's thread: those that are stepped
         self._stall_after_s = stall_after_s
@@ -261,6 +266,7 @@ class EngineLoop:
         reader = _Reader(
             request=request,
             lane=lane,
+            metrics=self.metrics.arrival(),
             text=TextStream(lane.tokenizer, stop),
             events=asyncio.get_running_loop(),
             pieces=asyncio.Queue(),
@@ -301,6 +307,8 @@ class EngineLoop:
                     if lane.engine.has_work and not self._stopping:
                         self._step(lane)
                 self._retire()
+                load = self.load
+                self.metrics.load(running=load.running, waiting=load.waiting, slots=load.slots)
         finally:
             self._stopping = True
             self._end_all(self._readers, EngineUnavailable("the server is shutting down"))
@@ -354,7 +362,7 @@ class EngineLoop:
         try:
             reader.lane.engine.submit(replace(reader.request, on_token=reader.see))
         except (MedusaError, ValueError) as error:
-            self._cancel(reader)
+            self._cancel(reader, "invalid")
             reader.send(error)
             return
         if reader.lane not in self._lanes:
@@ -365,9 +373,10 @@ class EngineLoop:
         if reader is None:
             return
         if reader.failure is not None:
-            self._cancel(reader)
+            self._cancel(reader, "engine")
             reader.send(EngineUnavailable("the text of this answer could not be decoded"))
             return
+        reader.metrics.output(delta)
         text = reader.text.take()
         if delta.completion is not None:
             text += reader.text.finish()
@@ -375,7 +384,7 @@ class EngineLoop:
             self._learn(delta.completion)
         piece = Piece(text=text, token_ids=tuple(delta.token_ids), logprobs=delta.logprobs, completion=delta.completion)
         if not reader.send(piece):
-            self._cancel(reader)
+            self._cancel(reader, "slow_reader")
             reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
 
     def _learn(self, completion: Completion) -> None:
@@ -383,9 +392,10 @@ class EngineLoop:
         took_s = completion.stats.prefill_s + completion.stats.decode_s
         self._answer_s += (took_s - self._answer_s) * (MEAN_WEIGHT if self._answer_s else 1.0)
 
-    def _cancel(self, reader: _Reader) -> None:
+    def _cancel(self, reader: _Reader, reason: FailureReason = "cancelled") -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""
         if self._forget(reader):
+            reader.metrics.failure(reason)
             reader.lane.engine.cancel(reader.request.request_id)
 
     def _forget(self, reader: _Reader) -> bool:
@@ -397,6 +407,7 @@ class EngineLoop:
         """Tell these readers; the engine, which may be broken, is not touched."""
         for reader in list(readers.values()):
             if self._forget(reader):
+                reader.metrics.failure("engine")
                 reader.send(error)
 
     def _stop(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import medusa
 from deploy.champion import Follower, RegistrySource, has_registry
 from deploy.engine_loop import EngineLoop
+from deploy.engines import EngineMaker
+from deploy.metrics import Metrics
+from deploy.outlets import Outlet
 from deploy.service import Service
 from medusa.checkpoint import load_checkpoint
-from medusa.engine import Engine
 from medusa.errors import CheckpointError
 from medusa.generate import Model
 from medusa.pretrained import pretrained_heads
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MakeApp = Callable[[Service, ServeSection], ASGIApp]
 _OF_THE_PROXY = ("host", "port")
-_OF_THE_ENGINE = ("max_batch_size", "context_length")
+_OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "adaptive_tree")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +97,24 @@ def successor(model: Model, backbone: BackboneSection, heads: Path) -> Model:
 class ModelHost:
     """One model, its loop and its app; follows `serve.alias`. The methods may be called from any thread."""
 
-    def __init__(self, config: Config, make_app: MakeApp) -> None:
-        """Load and start. Raises BackboneError, CheckpointError, ValueError; registry errors."""
+    def __init__(self, config: Config, make_app: MakeApp, *, outlets: Sequence[Outlet] = ()) -> None:
+        """Load and start. `outlets` get the metrics beside `/metrics`. Raises BackboneError, CheckpointError, ValueError;
+        registry errors."""
         use_threads(len(os.sched_getaffinity(0)), processes=1)
         self._config = config
         self._settings = config.serve
         self._make_app = make_app
+        self._name = Path(config.backbone.name).name
+        self._metrics = Metrics(self._name, outlets=outlets)
+        self._maker: EngineMaker | None = None
         self._changing = threading.Lock()
         self._origin = choose_heads(config)
         self._model = load_model(config.backbone, self._origin.heads)
         self.loop = EngineLoop(
-            self._engine_maker(), self._model.backbone.tokenizer, stall_after_s=config.serve.stall_after_s
+            self._new_maker(),
+            self._model.backbone.tokenizer,
+            stall_after_s=config.serve.stall_after_s,
+            metrics=self._metrics,
         )
         self.app = NewestApp(self._front())
         self._follower = self._follow()
@@ -128,7 +137,7 @@ class ModelHost:
         with self._changing:
             before, self._model = self._model, model
             try:
-                self.loop.switch(self._engine_maker(), model.backbone.tokenizer)
+                self.loop.switch(self._new_maker(), model.backbone.tokenizer)
             except BaseException:
                 self._model = before
                 raise
@@ -144,7 +153,7 @@ class ModelHost:
         with self._changing:
             before, self._settings = self._settings, settings
             if any(getattr(before, name) != getattr(settings, name) for name in _OF_THE_ENGINE):
-                self.loop.switch(self._engine_maker(), self._model.backbone.tokenizer)
+                self.loop.switch(self._new_maker(), self._model.backbone.tokenizer)
             self.app.newest = self._front()
             if (before.alias, before.follow_s) != (settings.alias, settings.follow_s):
                 self._follower.stop()
@@ -156,32 +165,25 @@ class ModelHost:
         self._follower.stop()
         self.loop.stop()
 
-    def _engine_maker(self) -> Callable[[], Engine]:
-        model, settings = self._model, self._settings
-
-        def make() -> Engine:
-            return Engine(
-                model.backbone,
-                model.heads,
-                tree=model.tree,
-                max_batch_size=settings.max_batch_size,
-                context_length=min(settings.context_length, model.backbone.max_context),
-            )
-
-        return make
+    def _new_maker(self) -> EngineMaker:
+        """Of engines for the model and the settings as they are now."""
+        costs = None if self._maker is None else self._maker.costs
+        self._maker = EngineMaker(self._model, self._settings, costs=costs, on_step=self._metrics.step)
+        return self._maker
 
     def _front(self) -> ASGIApp:
         """An app over the model as it is now, its limits set."""
-        backbone, settings = self._config.backbone, self._settings
+        settings = self._settings
         self.loop.max_waiting, self.loop.max_wait_s = settings.max_waiting, settings.max_wait_s
         service = Service(
-            name=Path(backbone.name).name,
+            name=self._name,
             model=self._model,
             loop=self.loop,
             lane=self.loop.lane,
             fingerprint=f"fp_{self._model.backbone.fingerprint}_{self._origin.label}",
             status=self.status,
         )
+        self._metrics.serving(self.version)
         logger.info(
             "serving %s with heads %s, a tree of %d nodes", service.name, self.version, self._model.tree.num_nodes
         )

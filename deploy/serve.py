@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 
 from deploy.app import create_app
 from deploy.autoscaling import RUNNING, SLOTS, WAITING
+from deploy.outlets import RayOutlet
 from deploy.replica import ModelHost
 from deploy.service import Service
 from medusa.errors import MedusaError
@@ -69,7 +70,7 @@ class Replica:
         for package in ("medusa", "pipelines", "deploy"):
             logging.getLogger(package).setLevel(logging.INFO)
             logging.getLogger(package).handlers = logging.getLogger("ray.serve").handlers
-        self._host = ModelHost(Config.model_validate(config), _make_app)
+        self._host = ModelHost(Config.model_validate(config), _make_app, outlets=[RayOutlet()])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._host.app

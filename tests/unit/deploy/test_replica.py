@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 import medusa
 from deploy.app import create_app
@@ -230,3 +231,30 @@ def test_reconfigure_follows_another_alias_at_once(
 def test_reconfigure_names_what_it_cannot_do(host: ModelHost, given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         host.reconfigure(given)
+
+
+def test_what_the_server_does_is_measured(
+    host: ModelHost, url: str, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    host.adopt(version_of(save_heads(tmp_path / "v1"), 1))
+    num_tokens = ask(url)["usage"]["completion_tokens"]
+    assert httpx.post(f"{url}/v1/chat/completions", json={**ASK, "n": 0}, timeout=60).status_code == 400
+    wait_until(lambda: host.loop.load.running == 0)
+    wait_until(lambda: samples(url)["medusa_num_requests_running"] == 0)
+    seen = samples(url)
+    assert seen["medusa_generation_tokens_total"] == num_tokens
+    assert seen["medusa_time_to_first_token_seconds_count"] == 1
+    assert seen["medusa_step_time_seconds_count", "prefill"] == 1
+    assert seen["medusa_num_slots"] == 4
+    assert seen["medusa_http_errors_total", "400"] == 1
+    assert (seen["medusa_model_info", "plain"], seen["medusa_model_info", "champion-v1"]) == (0, 1)
+
+
+def samples(url: str) -> dict[Any, float]:
+    """What a scrape finds: by name, or by name and the value of the metric's own label."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            own = [value for label, value in sample.labels.items() if label != "model_name"]
+            found[(sample.name, *own) if own else sample.name] = sample.value
+    return found
