@@ -109,16 +109,15 @@ class Decoder:
 
     @torch.inference_mode()
     def start(self, first_slot: int, rows: SamplingRows) -> StepTokens:
-        """The first token of the answers in slots first_slot, …, one for each of `rows`: their prompts are in whole.
-
-        It comes as from a tree whose root is the last token of the prompt.
-        """
+        """The first token of the answers in slots first_slot, …, one for each of `rows`, whose prompts are in whole: what
+        a tree emits whose root is the last token of the prompt."""
         slots = slice(first_slot, first_slot + rows.scheme.shape[0])
         logits = self.backbone.logits(self.hidden[slots])[:, None]
         before = rows.logprobs.before_edits(logits)
         node = torch.zeros_like(self.roots[slots])[:, None]
-        self.roots[slots] = accept(self.tree_of(1), node, logits, rows, self.lengths[slots] - 1).next_root
-        emitted = [[root] for root in self.roots[slots].tolist()]
+        roots = accept(self.tree_of(1), node, logits, rows, self.lengths[slots] - 1).next_root
+        self.roots[slots] = roots
+        emitted = [[root] for root in roots.tolist()]
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
 
     def prefill(self, first_slot: int, prompts: Sequence[Sequence[int]], rows: SamplingRows) -> StepTokens:

@@ -107,7 +107,7 @@ class Engine:
         self.check(request)
         if request.request_id in self._schedule:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        self._schedule.waiting.append(Sequence(request=request, submitted=time.perf_counter()))
+        self._schedule.waiting.append(Sequence(request=request))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running; its slot is free at once. False where it is not known (any more)."""
@@ -171,7 +171,7 @@ class Engine:
         chunk = self._schedule.next_prompts(self.prefill_tokens, self._known if self.prefixes.enabled else None)
         for slot, sequence in enumerate(chunk, start=first):
             if sequence is not self._schedule.half_read:
-                self._admit(slot, sequence, began)
+                self._admit(slot, sequence)
         parts = [s.prompt_ids[s.num_read : s.num_read + self.prefill_tokens] for s in chunk]
         self.decoder.extend(first, parts)
         for sequence, part in zip(chunk, parts, strict=True):
@@ -188,22 +188,21 @@ class Engine:
         """Prompt tokens whose keys and values are at hand; never the last: the heads need its hidden state."""
         return self.prefixes.known(sequence.prompt_ids[:-1], self.backbone.version)
 
-    def _admit(self, slot: int, sequence: Sequence, now: float) -> None:
+    def _admit(self, slot: int, sequence: Sequence) -> None:
         prefix = self.prefixes.take(sequence.prompt_ids[:-1], self.backbone.version) if self.prefixes.enabled else []
         self.decoder.open(slot, prefix)
-        sequence.admit(self.decoder.length_of(slot), now)
+        sequence.admit(self.decoder.length_of(slot))
 
     def _start(self, first: int, sequences: list[Sequence]) -> list[Delta]:
         """The first tokens of sequences whose prompts are in, in the slots from `first` on."""
         rows = SamplingRows.of([s.params for s in sequences], self.backbone.device)
-        first_tokens = self.decoder.start(first, rows)
-        now = time.perf_counter()
+        step = self.decoder.start(first, rows)
         for slot, sequence in enumerate(sequences, start=first):
-            sequence.start(now)
+            sequence.start()
             self._keep_prefix(slot, sequence)
         self._schedule.begin(sequences)
         self._rows = None
-        return self._emit(first, first_tokens, 0)
+        return self._emit(first, step, 0)
 
     def _keep_prefix(self, slot: int, sequence: Sequence) -> None:
         """Keep what a slot holds of the text so far, for prompts to come."""
@@ -220,9 +219,9 @@ class Engine:
         num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
         params = [s.params for s in self._schedule.running]
         if self._rows is None:
+            emitted = [s.token_ids for s in self._schedule.running]
             idle = num_rows - live
-            emitted = [s.token_ids for s in self._schedule.running] + [[]] * idle
-            self._rows = SamplingRows.of(params + [_IDLE] * idle, self.backbone.device, emitted)
+            self._rows = SamplingRows.of(params + [_IDLE] * idle, self.backbone.device, emitted + [[]] * idle)
         nodes = self._choose_nodes(num_rows, params)
         began = time.perf_counter()
         step = self.decoder.step(num_rows, self._rows, live=live, nodes=nodes)
@@ -249,13 +248,11 @@ class Engine:
 
     def _emit(self, first: int, step: StepTokens, nodes: int) -> list[Delta]:
         """Give tokens to the sequences from slot `first` on; those that end leave their slots."""
-        running, deltas = self._schedule.running, []
-        for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True):
-            kept = sequence.take(tokens, nodes, self._eos)
-            own = logprobs[: len(kept)]
-            sequence.logprobs += own
-            completion = sequence.complete(time.perf_counter()) if sequence.finish_reason else None
-            deltas.append(Delta(request_id=sequence.request_id, token_ids=kept, completion=completion, logprobs=own))
+        running = self._schedule.running
+        deltas = [
+            sequence.take(tokens, logprobs, nodes, self._eos)
+            for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True)
+        ]
         for slot in range(len(running) - 1, first - 1, -1):
             if running[slot].finish_reason:
                 self._keep_prefix(slot, running[slot])

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from medusa.config import SamplingParams
-from medusa.logprobs import TokenLogprob
-from medusa.request import Completion, FinishReason, Request, Stats
+from medusa.logprobs import TokenLogprob, TokenLogprobs
+from medusa.request import Completion, Delta, FinishReason, Request, Stats
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """`num_read` prompt tokens are in its slot. Times are of one clock and 0 before they come: `admitted` when it took a
-    slot, `started` when its first token came."""
+    """`num_read` prompt tokens are in its slot. Times are those of `time.perf_counter`, 0 before they come: `admitted` when
+    it took a slot, `started` when its first token came. The engine reads `token_ids` anew at each step."""
 
     request: Request
-    submitted: float
+    submitted: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
     started: float = 0.0
     num_read: int = 0
@@ -41,22 +42,23 @@ class Sequence:
     def params(self) -> SamplingParams:
         return self.request.params
 
-    def admit(self, num_cached: int, now: float) -> None:
+    def admit(self, num_cached: int) -> None:
         """It has a slot, which holds the first `num_cached` tokens of its prompt already."""
-        self.num_read, self.admitted = num_cached, now
+        self.num_read, self.admitted = num_cached, time.perf_counter()
         self.stats.prompt_tokens = len(self.prompt_ids)
         self.stats.cached_tokens = num_cached
-        self.stats.queue_s = now - self.submitted
+        self.stats.queue_s = self.admitted - self.submitted
 
-    def start(self, now: float) -> None:
+    def start(self) -> None:
         """Its prompt is in whole; the first token is there."""
-        self.started = now
-        self.stats.prefill_s = now - self.admitted
+        self.started = time.perf_counter()
+        self.stats.prefill_s = self.started - self.admitted
 
-    def take(self, tokens: Iterable[int], nodes: int, eos: Set[int]) -> list[int]:
-        """What one step gave: the tokens up to the first that ends the answer are kept and returned.
+    def take(self, tokens: Iterable[int], logprobs: TokenLogprobs, nodes: int, eos: Set[int]) -> Delta:
+        """What one step gave: the tokens up to the first that ends the answer are kept, and the completion follows it.
 
-        It ends with the end of sequence, where the caller says stop or fails, and at max_tokens.
+        It ends with the end of sequence, where the caller says stop or fails, and at max_tokens. `logprobs` stands
+        beside `tokens` or is empty.
         """
         kept: list[int] = []
         for token in tokens:
@@ -70,18 +72,19 @@ class Sequence:
                 self.finish_reason = "length"
             if self.finish_reason:
                 break
+        told = logprobs[: len(kept)]
+        self.logprobs += told
         self.stats.tokens_per_step.append(len(kept))
         self.stats.nodes_per_step.append(min(nodes, self.params.tree_nodes or nodes))
-        return kept
+        completion = self._complete(self.finish_reason) if self.finish_reason else None
+        return Delta(request_id=self.request_id, token_ids=kept, completion=completion, logprobs=told)
 
-    def complete(self, now: float) -> Completion:
-        """The finished answer."""
-        assert self.finish_reason is not None
-        self.stats.decode_s = now - self.started
+    def _complete(self, finish_reason: FinishReason) -> Completion:
+        self.stats.decode_s = time.perf_counter() - self.started
         return Completion(
             request_id=self.request_id,
             token_ids=self.token_ids,
-            finish_reason=self.finish_reason,
+            finish_reason=finish_reason,
             stats=self.stats,
             error=self.error,
             logprobs=tuple(self.logprobs),

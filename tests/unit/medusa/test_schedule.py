@@ -14,9 +14,7 @@ from medusa.sequence import Sequence
 
 
 def sequence(prompt: list[int], name: str = "0") -> Sequence:
-    return Sequence(
-        request=Request(prompt_ids=prompt, params=SamplingParams(max_tokens=1), request_id=name), submitted=0.0
-    )
+    return Sequence(request=Request(prompt_ids=prompt, params=SamplingParams(max_tokens=1), request_id=name))
 
 
 def schedule(*prompts: list[int], slots: int = 8) -> Schedule:
