@@ -8,6 +8,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from medusa.config import SamplingParams
+from medusa.grammar_masks import Guide
 from medusa.logprobs import TokenLogprob, TokenLogprobs
 from medusa.request import Completion, Delta, FinishReason, Request, Stats
 
@@ -17,10 +18,12 @@ logger = logging.getLogger(__name__)
 @dataclass(kw_only=True, eq=False)
 class Sequence:
     """`num_read` prompt tokens are in its slot. Times are those of `time.perf_counter`, 0 before they come: `admitted` when
-    it took a slot, `started` when its first token came. The engine reads `token_ids` anew at each step."""
+    it took a slot, `started` when its first token came. The engine reads `token_ids` anew at each step. `guide` is the
+    state of its grammar, if it has one."""
 
     request: Request
     submitted: float = field(default_factory=time.perf_counter)
+    guide: Guide | None = None
     admitted: float = 0.0
     started: float = 0.0
     num_read: int = 0
@@ -57,8 +60,8 @@ class Sequence:
     def take(self, tokens: Iterable[int], logprobs: TokenLogprobs, nodes: int, eos: Set[int]) -> Delta:
         """What one step gave: the tokens up to the first that ends the answer are kept, and the completion follows it.
 
-        It ends with the end of sequence, where the caller says stop or fails, and at max_tokens. `logprobs` stands
-        beside `tokens` or is empty.
+        It ends with the end of sequence, where the caller says stop or fails, at max_tokens, and where its grammar can
+        go no further. `logprobs` stands beside `tokens` or is empty.
         """
         kept: list[int] = []
         for token in tokens:
@@ -72,6 +75,8 @@ class Sequence:
                 self.finish_reason = "length"
             if self.finish_reason:
                 break
+        if self.guide is not None and self.guide.error:
+            self.finish_reason, self.error = "error", self.guide.error
         told = logprobs[: len(kept)]
         self.logprobs += told
         self.stats.tokens_per_step.append(len(kept))
