@@ -9,19 +9,18 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa.config import SamplingParams
 from medusa.errors import MedusaError, PromptError
 from pipelines.config import BackboneSection, DistillSection
 from pipelines.errors import StageError
+from pipelines.memory import GIB, free_bytes
 from pipelines.prompts import Prompt
 from pipelines.records import ANSWERS, sampling_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
 
     from medusa import Model
     from medusa.engine import Completion, Engine, Request
@@ -155,8 +154,8 @@ def make_engine(model: Model, config: DistillSection) -> Engine:
     advice = "lower distill.batch_size or distill.context_length"
     if free is not None and need > free:
         raise StageError(
-            f"{config.batch_size} sequences of {length} tokens need {need / 2**30:.1f} GiB of keys and values, "
-            f"and {free / 2**30:.1f} GiB are free; {advice}"
+            f"{config.batch_size} sequences of {length} tokens need {need / GIB:.1f} GiB of keys and values, "
+            f"and {free / GIB:.1f} GiB are free; {advice}"
         )
     try:
         return Engine(model.backbone, heads, tree=tree, max_batch_size=config.batch_size, context_length=length)
@@ -170,20 +169,6 @@ def cache_bytes(model: Model, batch_size: int, context_length: int) -> int:
     """Keys and values of `batch_size` sequences of `context_length` tokens."""
     probe = model.backbone.new_cache(num_slots=1, capacity=1).store
     return probe.numel() * probe.element_size() * batch_size * context_length
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a process may still take; None where the system does not say."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return free * 1024
 
 
 class EngineActor:

@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from medusa.errors import MedusaError
 from pipelines.capacity import Need, require
 from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
+from pipelines.failures import full_disk
 from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
 from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries
 
@@ -106,8 +108,22 @@ def _start(config: Config) -> None:
 
 
 def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
-    """`run`, which is stage `name`: here, or, where `ray.measure_on` says so, in a task with those resources."""
+    """`run`, which is stage `name`: here, or, where `ray.measure_on` says so, in a task with those resources.
+
+    A full disk, wherever the stage met it, is a StageError of one line.
+    """
     refuse_job_copy(config)
+    try:
+        return _run(name, run, config, progress)
+    except MedusaError:
+        raise
+    except Exception as error:
+        if (told := full_disk(error)) is None:
+            raise
+        raise StageError(f"{told}, and run this again: what was finished is kept") from error
+
+
+def _run(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
     if name not in MEASURED or not config.ray.measure_on:
         return run(config, progress)
     import_environment(config)

@@ -24,6 +24,7 @@ from pipelines.config import TrainSection
 from pipelines.dataset import lane_rows
 from pipelines.errors import StageError
 from pipelines.learner import Learner, read_weights
+from pipelines.memory import lower
 from pipelines.records import Answer
 from pipelines.zero import learning_rates, zero_config
 
@@ -195,15 +196,8 @@ def _memory_told(train: TrainSection) -> Iterator[None]:
     """StageError that says what to lower where a step does not fit the memory."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is the CPU allocator's complaint
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError, or the CPU allocator's complaint
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not memory:
             raise
-        if train.method == "medusa1":
-            what = f"train.batch_positions ({train.batch_positions}) or train.chunk_size ({train.chunk_size})"
-        else:
-            what = (
-                f"train.sequences_at_once ({train.sequences_at_once}), train.sequence_length ({train.sequence_length}) "
-                f"or train.chunk_size ({train.chunk_size})"
-            )
-        raise StageError(f"a training step does not fit the memory; lower {what}") from error
+        raise StageError(f"a training step does not fit the memory; lower {lower(train)}") from error

@@ -17,9 +17,11 @@ from medusa.backbone import Backbone
 from medusa.heads import LmHead, LogitTransform, MedusaHeads
 from medusa.losses import IGNORE
 from pipelines.config import TrainSection
-from pipelines.dataset import Order, Pack, collate
+from pipelines.dataset import Order, Pack, collate, length_of
+from pipelines.memory import Shape
 from pipelines.modules import HeadsModule, JointModule, Readout
 from pipelines.positions import Lane, Positions, PositionsReader
+from pipelines.records import Answer
 from pipelines.tuning import exported, set_dropout
 from pipelines.zero import lambda0
 
@@ -145,6 +147,22 @@ class _TunedLmHead:
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.readout.logits(hidden)
         return logits if self.vocabulary is None else logits[..., self.vocabulary]
+
+
+def shape_of(learner: Learner, rows: Sequence[Answer]) -> Shape:
+    """What the memory of a step over `rows` depends on."""
+    backbone, heads = learner.backbone, learner.heads
+    config = backbone.model.config.get_text_config()
+    return Shape(
+        trainable=sum(weight.numel() for group in learner.groups.values() for weight in group),
+        num_heads=heads.num_heads,
+        head_layers=heads.config.num_layers,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        layers=config.num_hidden_layers,
+        inner=getattr(config, "intermediate_size", None) or backbone.hidden_size,
+        longest=max(map(length_of, rows), default=0),
+    )
 
 
 def lane_seed(train: TrainSection, lane: int) -> int:

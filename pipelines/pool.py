@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
+from pipelines.failures import meaning
 from pipelines.stage import Progress, Step, polled
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,5 @@ def _one_line(error: Exception) -> Exception:
     said = re.search(rf"^{re.escape(StageError.__module__)}\.{StageError.__name__}: (.+)$", str(error), re.MULTILINE)
     if said is not None:
         return StageError(said[1])
-    if "No space left on device" in str(error):
-        return StageError("the disk is full; free some space and run this again, nothing finished is lost")
-    return error
+    known = meaning(str(error), lower="distill.batch_size, distill.context_length or distill.num_actors")
+    return StageError(f"{known}, and run this again: nothing finished is lost") if known else error

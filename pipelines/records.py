@@ -77,8 +77,9 @@ def scan(folder: Path, columns: Iterable[str] | None = None) -> Iterator[dict[st
     for file in answer_files(folder):
         try:
             yield from pq.read_table(file, columns=names).to_pylist()
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise StageError(f"{file} is not a file of distilled answers: {error}") from None
+        except (pa.ArrowException, KeyError, OSError) as error:  # OSError: damaged inside
+            reason = " ".join(str(error).split())
+            raise StageError(f"{file} is not a file of distilled answers that can be read: {reason:.200}") from None
 
 
 def read_answers(folder: Path, part: str) -> Answers:

@@ -18,8 +18,10 @@ from typing import Any
 from medusa.errors import MedusaError
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
-from pipelines.config import Config
+from pipelines.config import Config, TrainSection
 from pipelines.errors import ConfigError, StageError
+from pipelines.failures import meaning
+from pipelines.memory import lower
 from pipelines.records import TRAIN, Answers, read_answers
 from pipelines.registry import Registry, folder_digest, open_registry, replace_folder, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
@@ -37,15 +39,6 @@ _SHAPES_MEDUSA2 = {
     "tune", "lora_rank", "lora_alpha", "lora_dropout", "batch_sequences", "sequences_at_once", "lr_backbone", "lr_ratio",
     "lambda0", "lambda0_schedule",
 }  # fmt: skip
-
-
-# What a worker's failure says somewhere → what it means. Whoever was killed could not explain it himself.
-_KNOWN_FAILURES = {
-    "No space left on device": "the disk is full; free some space",
-    "Disk quota exceeded": "the disk quota is used up; free some space",
-    "OutOfMemoryError": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
-    "low on memory": "a worker ran out of memory; lower train.batch_positions (MEDUSA-2: train.sequence_length)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +254,7 @@ def _fit(config: Config, name: str, loop: Any, task: dict[str, Any]) -> Any:
     while thread.is_alive():
         thread.join(timeout=0.2)
     if (error := outcome.get("error")) is not None:
-        raise _told(error) from error
+        raise _told(error, train) from error
     return outcome["result"]
 
 
@@ -301,7 +294,7 @@ def _workers(config: Config) -> Need:
     )
 
 
-def _told(error: Exception) -> Exception:
+def _told(error: Exception, train: TrainSection) -> Exception:
     """A worker's own complaint, if it was one that the user can mend; else the failure in one line."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for failure in failures:
@@ -312,9 +305,8 @@ def _told(error: Exception) -> Exception:
                     return StageError(str(told))
             cause = cause.__cause__
     text = "\n".join(map(str, failures or [error]))
-    for sign, meaning in _KNOWN_FAILURES.items():
-        if sign in text:
-            return StageError(f"training failed: {meaning}; the same command goes on from the last checkpoint")
+    if (known := meaning(text, lower=f"{lower(train)}, or train.num_workers ({train.num_workers})")) is not None:
+        return StageError(f"training failed: {known}; the same command goes on from the last checkpoint")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return StageError(
         f"training failed: {lines[-1] if lines else type(error).__name__} (the workers' logs are in Ray's session folder)"

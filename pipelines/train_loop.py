@@ -29,7 +29,8 @@ from pipelines.dataset import lane_rows, num_positions, pack_rows, split_rows
 from pipelines.engine import StepReport, TrainEngine
 from pipelines.errors import ConfigError, StageError
 from pipelines.hidden_cache import GB, cache_key, kept_on_disk, make_room
-from pipelines.learner import HeadsLearner, JointLearner, Learner, lane_seed
+from pipelines.learner import HeadsLearner, JointLearner, Learner, lane_seed, shape_of
+from pipelines.memory import free_bytes, require_memory
 from pipelines.models import heads_choice, use_threads
 from pipelines.positions import Lane, PositionsReader
 from pipelines.records import TRAIN, Answer, Answers, read_answers
@@ -75,6 +76,8 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     backbone = _load_backbone(config, answers)
     learn, held_out = split_rows(answers.rows, config.train.holdout_share)
     learner, paths = make_learner(config, backbone, learn, data=answers.fingerprint, rank=rank, world=world)
+    here = context.get_local_world_size()
+    require_memory(config.train, shape_of(learner, learn), free=free_bytes(backbone.device), world=world, here=here)
     engine = TrainEngine(learner, config.train)
     worker = Worker(config=config, task=task, engine=engine, paths=paths)
     try:

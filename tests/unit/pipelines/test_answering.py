@@ -185,6 +185,19 @@ def test_reading_drops_failures_and_doubles_and_keeps_parts_apart(tmp_path: Path
     assert [row.id for row in read_answers(tmp_path, CALIBRATION).rows] == ["c"]
 
 
+@pytest.mark.parametrize("place", [60, -30])
+def test_answers_that_are_damaged_are_named(tmp_path: Path, place: int) -> None:
+    """In the middle of a page, and in the footer."""
+    file = tmp_path / "1.parquet"
+    pq.write_table(_table([_row(str(n)) for n in range(50)]), file)
+    content = bytearray(file.read_bytes())
+    content[place : place + 20] = bytes(255 - byte for byte in content[place : place + 20])
+    file.write_bytes(content)
+    with pytest.raises(StageError, match=rf"{file} is not a file of distilled answers that can be read") as caught:
+        read_answers(tmp_path, TRAIN)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_fingerprint_is_of_the_content_not_of_the_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()

@@ -30,7 +30,7 @@ class WorkersFailed(Exception):
     ],
 )
 def test_a_workers_failure_is_one_line_that_says_what_to_do(failure: Exception, said: str) -> None:
-    told = _told(WorkersFailed(failure))
+    told = _told(WorkersFailed(failure), TrainSection())
     assert isinstance(told, StageError) and "\n" not in str(told)
     with pytest.raises(StageError, match=said):
         raise told
@@ -43,5 +43,7 @@ def test_a_step_that_does_not_fit_the_memory_says_what_to_lower(method: str, sai
     train = TrainSection.model_validate({"method": method})
     with pytest.raises(StageError, match=said), _memory_told(train):
         torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(StageError, match=said), _memory_told(train):
+        bytearray(2**60)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), _memory_told(train):
         torch.ones(2, 3) @ torch.ones(2, 3)
