@@ -14,6 +14,7 @@ prompts, and were then given the vocabulary and the default size that their card
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from benchmarks.command import console, run_command
 from medusa.backbone import Backbone, load_backbone
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 from medusa.losses import HEAD_DECAY, IGNORE, head_targets
+from medusa.pretrained import pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree_search import MAX_RANKS, HitTable, count_hits, expected_tokens, grow_paths
 
@@ -73,6 +75,23 @@ def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positi
         if done % 100 == 0:
             console.print(f"hidden states of {done} of {len(rows)} rows")
     return Positions(hidden=torch.cat(hidden), targets=torch.cat(targets), weight=torch.cat(weight))
+
+
+def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_heads: int) -> Positions:
+    """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows."""
+    if file is None:
+        return positions_of(rows, backbone, num_heads)
+    told = json.dumps([backbone.fingerprint, num_heads, [[row["id"], row["response_ids"]] for row in rows]])
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    if not file.exists():
+        made = positions_of(rows, backbone, num_heads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"digest": digest, **vars(made)}, file)
+        return made
+    kept = torch.load(file)
+    if kept.pop("digest") != digest:
+        raise ValueError(f"{file} holds the positions of other rows, backbone or number of heads; remove it")
+    return Positions(**kept)
 
 
 class SampledSoftmax:
@@ -139,6 +158,18 @@ def batches(positions: Positions, size: int) -> Iterator[Tensor]:
         yield from (part for part in order.split(size) if len(part) == size)
 
 
+def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> MedusaHeads:
+    """Fresh heads of this shape ("none"), the shipped ones ("default"), or those of a folder, over the whole vocabulary."""
+    if start_from != "none":
+        folder = pretrained_heads(backbone.name) if start_from == "default" else Path(start_from)
+        trained = load_checkpoint(folder, backbone=backbone).heads
+        config = trained.config
+    heads = MedusaHeads(config, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
+    if start_from != "none":
+        heads.load_state_dict(trained.state_dict())
+    return heads
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Parquet of answers: id, source, prompt_ids, response_ids")],
     out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
@@ -146,25 +177,29 @@ def main(
     batch: Annotated[int, typer.Option(help="positions of a step")] = 512,
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
+    start_from: Annotated[str, typer.Option(help="'none', 'default' or a heads folder, whose shape is kept")] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,
+    source: Annotated[list[str] | None, typer.Option(help="sources of rows to use (default: all)")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to use (default: all)")] = None,
+    positions: Annotated[Path | None, typer.Option(help="folder that keeps hidden states from run to run")] = None,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: as torch chooses")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train heads of the default backbone on its own answers."""
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="float32", fused=False)
-    rows = pq.read_table(data, columns=["id", "source", "prompt_ids", "response_ids"]).to_pylist()[:limit]
-    rows = [row for row in rows if len(row["response_ids"]) > 1]
-    train = positions_of([row for row in rows if not is_held_out(row["id"])], backbone, num_heads)
-    test = positions_of([row for row in rows if is_held_out(row["id"])] or rows[:1], backbone, num_heads)
+    heads = first_heads(backbone, HeadsConfig(num_heads=num_heads, num_layers=num_layers), start_from)
+    num_heads = heads.num_heads
+    rows = pq.read_table(data, columns=["id", "source", "prompt_ids", "response_ids"]).to_pylist()
+    rows = [row for row in rows if len(row["response_ids"]) > 1 and (not source or row["source"] in source)][:limit]
+    learn, held = [row for row in rows if not is_held_out(row["id"])], [row for row in rows if is_held_out(row["id"])]
+    train = kept_positions(positions and positions / "train.pt", learn, backbone, num_heads)
+    test = kept_positions(positions and positions / "held-out.pt", held or rows[:1], backbone, num_heads)
     lm_head = backbone.lm_head_weight.detach()
     softmax = SampledSoftmax(lm_head, train.targets)
-    heads = MedusaHeads(
-        HeadsConfig(num_heads=num_heads, num_layers=num_layers),
-        hidden_size=backbone.hidden_size,
-        vocab_size=backbone.vocab_size,
-    )
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
     decay = torch.tensor([HEAD_DECAY**k for k in range(1, num_heads + 1)]).repeat(batch)
     began = time.time()
@@ -198,7 +233,13 @@ def main(
         card={
             "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, MEDUSA-1, backbone frozen.",
             "Data": {"answers": len(rows), "positions": len(train.hidden), "file digest": digest},
-            "Settings": {"steps": steps, "positions a step": batch, "learning rate": lr, "seed": seed},
+            "Settings": {
+                "steps": steps,
+                "positions a step": batch,
+                "learning rate": lr,
+                "seed": seed,
+                "from": start_from,
+            },
         },
     )
     console.print(f"{out}: {expected_tokens(accuracy, paths):.2f} tokens a step expected of {len(paths) + 1} nodes")

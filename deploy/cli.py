@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import importlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, Exit, TyperException
+
+from deploy import cli_formats
 
 if TYPE_CHECKING:
     from medusa.generate import Generation, Model
@@ -283,6 +284,9 @@ def demo(
     run(load_config(Path("demo"), [*(overrides or ()), *flags]))
 
 
+app.add_typer(cli_formats.commands)  # without a name: its commands stand beside the others
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -349,16 +353,9 @@ def _as_json(generation: Generation) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Ours is the only voice on stderr, as lines of text; other libraries speak from warnings up."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
+    from deploy.terminal import quiet
 
-    from deploy.terminal import log_to_stderr
-
-    transformers_logging.disable_progress_bar()
-    log_to_stderr()
+    quiet()
 
 
 def main() -> None:

@@ -60,6 +60,7 @@ class Backbone:
     name: str
     transform: LogitTransform = field(default_factory=LogitTransform)
     fused: FusedLlama | None = None
+    version: int = field(default=0, init=False)  # of the weights: keys and values of two versions never mix
 
     def __post_init__(self) -> None:
         _refuse_unsupported(self.model)
@@ -130,6 +131,7 @@ class Backbone:
         """Tune the weights for good; the fingerprint stays that of the original. CheckpointError where they do not fit."""
         assert self.fingerprint
         adapters.merge_into(self.model)
+        self.version += 1
         if self.fused is not None:
             self.fused = FusedLlama(self.model)  # it holds copies of the weights
 

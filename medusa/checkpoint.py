@@ -11,9 +11,7 @@ README.md                   the model card
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -28,6 +26,7 @@ from medusa.adapters import Adapters, load_adapters, save_adapters
 from medusa.backbone import Backbone
 from medusa.config import HeadsConfig
 from medusa.errors import CheckpointError
+from medusa.folders import whole_folder
 from medusa.heads import MedusaHeads
 from medusa.tree import Path, Tree
 
@@ -55,11 +54,12 @@ class Checkpoint:
     folder: FilePath | None = None
 
     def tree(self, num_nodes: int | None = None) -> Tree:
-        """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice)."""
+        """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice), in growth order:
+        its first n nodes are the best tree of n."""
         wanted = num_nodes or self.default_nodes or len(self.paths) + 1
         if not 1 <= wanted <= len(self.paths) + 1:
             raise ValueError(f"tree must have 1 to {len(self.paths) + 1} nodes with these heads, got {wanted}")
-        return Tree.from_paths(self.paths[: wanted - 1])
+        return Tree.grown(self.paths[: wanted - 1])
 
 
 def save_checkpoint(
@@ -76,9 +76,8 @@ def save_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
 ) -> FilePath:
     """Write the folder, whole or not at all; an existing one is replaced. `card` is free text by heading for README.md."""
-    Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
     target = FilePath(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
     rows = accuracy.tolist() if isinstance(accuracy, Tensor) else accuracy
     config = {
         "format": FORMAT,
@@ -94,9 +93,7 @@ def save_checkpoint(
         "adapters": adapters.describe() if adapters is not None else None,
         "card": card or {},
     }
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        made = FilePath(work) / "made"
-        made.mkdir()
+    with whole_folder(target) as made:
         weights = {name: weight.detach().to(dtype).cpu().contiguous() for name, weight in heads.named_parameters()}
         if heads.vocabulary is not None:
             weights[VOCABULARY] = heads.vocabulary.to(torch.int32).cpu()
@@ -106,15 +103,6 @@ def save_checkpoint(
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
         (made / CARD).write_text(_card_text(config))
-        old = FilePath(work) / "old"
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(made, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
     return target
 
 
@@ -266,7 +254,7 @@ def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
     value = _read_json(path).get("paths")
     try:
         paths = [tuple(int(rank) for rank in ranks) for ranks in value]  # type: ignore[union-attr]
-        Tree.from_paths(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+        Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable tree: {error}") from None
     return paths

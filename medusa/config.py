@@ -149,6 +149,10 @@ class SamplingParams:
             return "greedy"
         return self.acceptance or "typical"
 
+    @property
+    def any_penalty(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty)
+
 
 def _require(name: str, value: object, kind: type, said: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):

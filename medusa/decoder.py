@@ -7,6 +7,7 @@ The cache holds every emitted token but the last, the root. Plain decoding is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +17,24 @@ from medusa.acceptance import accept
 from medusa.backbone import Backbone, Placement
 from medusa.candidates import static_candidates
 from medusa.heads import MedusaHeads
-from medusa.sampling import SamplingRows, draw
-from medusa.tree import Tree
+from medusa.logprobs import TokenLogprobs
+from medusa.sampling import SamplingRows
+from medusa.tree import DeviceTree, Tree
 
 LENGTH_BUCKET = 128
-CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
+DEFAULT_CHUNK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """What a step emitted for each sequence, on the host: the accepted path's tokens, then the next root."""
+    """What a step emitted for each sequence, on the host: the accepted path's tokens, then the next root.
+
+    `logprobs` stands beside `tokens`; a row that did not ask has an empty entry.
+    """
 
     tokens: list[list[int]]
+    logprobs: list[TokenLogprobs]
 
 
 class Decoder:
@@ -45,7 +52,7 @@ class Decoder:
         *,
         num_slots: int,
         context_length: int,
-        prefill_chunk: int = CHUNK_BUCKETS[-1],
+        prefill_chunk: int = DEFAULT_CHUNK,
     ) -> None:
         tree.check_fits(
             num_heads=heads.num_heads if heads else 0, vocab_size=heads.num_choices if heads else backbone.vocab_size
@@ -54,7 +61,9 @@ class Decoder:
         self.backbone = backbone
         self.heads = heads
         self.head_reader = backbone.lm_head_for(heads.vocabulary) if heads else backbone
-        self.tree = tree.on(device)
+        self.shape = tree
+        self._trees: dict[int, DeviceTree] = {}
+        self.num_slots = num_slots
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self.cache = backbone.new_cache(
@@ -66,78 +75,119 @@ class Decoder:
         self.hidden = torch.zeros(num_slots, backbone.hidden_size, dtype=backbone.step_dtype, device=device)
         self._host_lengths = [0] * num_slots
 
-    @torch.inference_mode()
-    def prefill(self, first_slot: int, prompts: list[list[int]], rows: SamplingRows) -> list[int]:
-        """Run prompts into slots first_slot, first_slot+1, … and return the first token of each answer.
+    def open(self, slot: int, prefix: Sequence[Tensor] = ()) -> None:
+        """Give a slot to a new sequence; `prefix` holds the keys and values of its first tokens where they are known."""
+        self.free(slot)
+        self.cache.free(slot)
+        self._set_length(slot, self.cache.write(slot, prefix))
 
-        Long prompts go in chunks. A prompt that ends before the others writes on past its end: those positions are
-        masked until a step overwrites them.
+    @torch.inference_mode()
+    def extend(self, first_slot: int, parts: Sequence[Sequence[int]]) -> None:
+        """Run the next tokens of the prompts in slots first_slot, first_slot+1, …, behind what those slots hold.
+
+        A part that is shorter than the longest writes on past its end: those positions are masked until a later part
+        or step overwrites them.
         """
-        for slot in range(first_slot, first_slot + len(prompts)):
-            self.cache.free(slot)
-        device = self.backbone.device
-        rows_used = slice(first_slot, first_slot + len(prompts))
-        ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest, start = max(map(len, prompts)), 0
-        while start < longest:
-            size = _chunk_size(min(self.prefill_chunk, longest - start))
-            ids = torch.zeros(len(prompts), size, dtype=torch.long)
-            for row, prompt in enumerate(prompts):
-                part = prompt[start : start + size]
-                ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
-            steps = torch.arange(size, device=device)
-            placement = Placement(
-                first_slot=first_slot,
-                offsets=torch.full_like(ends, start),
-                depths=steps,
-                visible=steps[:, None] >= steps,
-                length=_bucket(start + size),
-            )
-            hidden = self.backbone.step(ids.to(device), placement, self.cache)
-            last = ends - 1 - start
-            here = (last >= 0) & (last < size)
-            picked = hidden[torch.arange(len(prompts), device=device), last.clamp(0, size - 1)]
-            self.hidden[rows_used] = torch.where(here[:, None], picked, self.hidden[rows_used])
-            start += size
-        roots = draw(self.backbone.logits(self.hidden[rows_used]), rows, ends)
-        self.lengths[rows_used] = ends
-        self.roots[rows_used] = roots
-        self._host_lengths[rows_used] = [len(prompt) for prompt in prompts]
-        return roots.tolist()
+        device, slots = self.backbone.device, slice(first_slot, first_slot + len(parts))
+        size = chunk_size(max(map(len, parts)))
+        ids = torch.zeros(len(parts), size, dtype=torch.long)
+        for row, part in enumerate(parts):
+            ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
+        steps = torch.arange(size, device=device)
+        placement = Placement(
+            first_slot=first_slot,
+            offsets=self.lengths[slots],
+            depths=steps,
+            visible=steps[:, None] >= steps,
+            length=_bucket(max(self._host_lengths[slots]) + size),
+        )
+        hidden = self.backbone.step(ids.to(device), placement, self.cache)
+        for row, part in enumerate(parts):
+            if part:
+                self.hidden[first_slot + row] = hidden[row, len(part) - 1]
+                self._set_length(first_slot + row, self._host_lengths[first_slot + row] + len(part))
 
     @torch.inference_mode()
-    def step(self, num_rows: int, rows: SamplingRows) -> StepTokens:
-        """Advance sequences 0…num_rows−1 by one tree. One transfer to the host, at the end."""
-        tree, live = self.tree, slice(0, num_rows)
-        offsets = self.lengths[live]
-        tokens = self.propose(live)
+    def start(self, first_slot: int, rows: SamplingRows) -> StepTokens:
+        """The first token of the answers in slots first_slot, …, one for each of `rows`: their prompts are in whole.
+
+        It comes as from a tree whose root is the last token of the prompt.
+        """
+        slots = slice(first_slot, first_slot + rows.scheme.shape[0])
+        logits = self.backbone.logits(self.hidden[slots])[:, None]
+        before = rows.logprobs.before_edits(logits)
+        node = torch.zeros_like(self.roots[slots])[:, None]
+        self.roots[slots] = accept(self.tree_of(1), node, logits, rows, self.lengths[slots] - 1).next_root
+        emitted = [[root] for root in self.roots[slots].tolist()]
+        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
+
+    def prefill(self, first_slot: int, prompts: Sequence[Sequence[int]], rows: SamplingRows) -> StepTokens:
+        """All of this at once: whole prompts into slots first_slot, … and the first token of each answer."""
+        for slot in range(first_slot, first_slot + len(prompts)):
+            self.open(slot)
+        for start in range(0, max(map(len, prompts)), self.prefill_chunk):
+            self.extend(first_slot, [prompt[start : start + self.prefill_chunk] for prompt in prompts])
+        return self.start(first_slot, rows)
+
+    @torch.inference_mode()
+    def step(
+        self, num_rows: int, rows: SamplingRows, *, live: int | None = None, nodes: int | None = None
+    ) -> StepTokens:
+        """Advance sequences 0…live−1 by one tree: the first `nodes` nodes of this decoder's, all of them by default.
+
+        Rows up to `num_rows` (default: the live ones) are computed with them so that shapes repeat. Whatever sequence lies
+        there stays as it is: what is written goes behind its length. One transfer to the host, at the end.
+        """
+        tree = self.tree_of(nodes or self.shape.num_nodes)
+        everyone, advancing = slice(0, num_rows), slice(0, num_rows if live is None else live)
+        offsets = self.lengths[everyone]
+        tokens = self.propose(everyone, tree)
         placement = Placement(
             first_slot=0,
             offsets=offsets,
             depths=tree.depths,
             visible=tree.ancestor_mask,
-            length=_bucket(max(self._host_lengths[live]) + tree.num_nodes),
+            length=_bucket(max(self._host_lengths[everyone]) + tree.num_nodes),
         )
         hidden = self.backbone.step(tokens, placement, self.cache)
-        accepted = accept(tree, tokens, self.backbone.logits(hidden), rows, offsets)
+        logits = self.backbone.logits(hidden)
+        before = rows.logprobs.before_edits(logits)
+        accepted = accept(tree, tokens, logits, rows, offsets)
 
-        path = tree.node_paths[accepted.node]
+        tokens, offsets, node = tokens[advancing], offsets[advancing], accepted.node[advancing]
+        num_accepted, next_root = accepted.num_accepted[advancing], accepted.next_root[advancing]
+        path = tree.node_paths[node]
         if tree.num_nodes > 1:
             self.cache.compact(first_slot=0, offsets=offsets, kept=path)
-        self.hidden[live] = hidden[torch.arange(num_rows, device=tokens.device), accepted.node]
-        self.lengths[live] = offsets + 1 + accepted.num_accepted
-        self.roots[live] = accepted.next_root
+        self.hidden[advancing] = hidden[torch.arange(len(node), device=node.device), node]
+        self.lengths[advancing] = offsets + 1 + num_accepted
+        self.roots[advancing] = next_root
         below = tokens.gather(1, path.clamp_min(0))[:, 1:]
-        return self._to_host(below, accepted.num_accepted, accepted.next_root)
+        emitted = self._to_host(below, num_accepted, next_root)
+        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, path, emitted))
 
-    def propose(self, live: slice) -> Tensor:
-        """Candidate tokens [B,N] of the live sequences, the root first."""
-        if self.heads is None or self.tree.depth == 0:
-            return static_candidates(self.tree, self.roots[live], None)
-        best = self.heads.guesses(
-            self.hidden[live], self.head_reader, num_ranks=self.tree.width, num_heads=self.tree.depth
-        )
-        return static_candidates(self.tree, self.roots[live], best)
+    def tree_of(self, nodes: int) -> DeviceTree:
+        """The first `nodes` nodes of this decoder's tree."""
+        if nodes not in self._trees:
+            self._trees[nodes] = self.shape.first(nodes).on(self.backbone.device)
+        return self._trees[nodes]
+
+    def length_of(self, slot: int) -> int:
+        """Positions of the sequence in a slot whose keys and values are held."""
+        return self._host_lengths[slot]
+
+    def pretend(self, num_rows: int, length: int) -> None:
+        """Let the first rows hold sequences of `length` positions, whatever keys and values lie there: to time a step."""
+        for slot in range(num_rows):
+            self.free(slot)
+            self._set_length(slot, length)
+
+    def propose(self, batch: slice, tree: DeviceTree) -> Tensor:
+        """Candidate tokens [B,N] of those sequences, the root first."""
+        if self.heads is None or tree.depth == 0:
+            return static_candidates(tree, self.roots[batch], None)
+        best = self.heads.guesses(self.hidden[batch], self.head_reader, num_ranks=tree.width, num_heads=tree.depth)
+        return static_candidates(tree, self.roots[batch], best)
 
     def move(self, source: int, target: int) -> None:
         """Sequence in slot `source` goes on in slot `target`."""
@@ -149,18 +199,21 @@ class Decoder:
     def free(self, slot: int) -> None:
         """Forget the sequence in a slot. A step that still covers the idle row decodes from length 0 into its own slot;
         the slot's keys and values are zeroed when it is taken again."""
-        self.lengths[slot] = 0
+        self._set_length(slot, 0)
         self.roots[slot] = 0
         self.hidden[slot] = 0
-        self._host_lengths[slot] = 0
 
-    def _to_host(self, below: Tensor, num_accepted: Tensor, next_root: Tensor) -> StepTokens:
+    def _set_length(self, slot: int, length: int) -> None:
+        self.lengths[slot] = length
+        self._host_lengths[slot] = length
+
+    def _to_host(self, below: Tensor, num_accepted: Tensor, next_root: Tensor) -> list[list[int]]:
         table = torch.cat([num_accepted[:, None], next_root[:, None], below], dim=1).tolist()
         emitted = []
         for row, (accepted, root, *path) in enumerate(table):
             self._host_lengths[row] += 1 + accepted
             emitted.append([*path[:accepted], root])
-        return StepTokens(tokens=emitted)
+        return emitted
 
 
 def _bucket(length: int) -> int:
@@ -168,5 +221,6 @@ def _bucket(length: int) -> int:
     return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
-def _chunk_size(length: int) -> int:
+def chunk_size(length: int) -> int:
+    """What a part of a prompt of this length is padded to."""
     return next((size for size in CHUNK_BUCKETS if size >= length), length)

@@ -1,6 +1,7 @@
 """Many requests through one decoder: a batch that is kept full. Knows token ids; knows nothing of text, HTTP or Ray.
 
-Requests wait in order, take a slot, are prefilled, decoded, and leave; whoever waits takes the place between steps.
+Requests wait in order, take a slot, have their prompts read in chunks, are decoded, and leave; whoever waits takes the
+place between steps. Between two decode steps of those running at most one chunk is read, so a long prompt stalls nobody.
 """
 
 from __future__ import annotations
@@ -11,24 +12,30 @@ from collections.abc import Callable, Iterable, Iterator
 
 from medusa.backbone import Backbone
 from medusa.config import SamplingParams
-from medusa.decoder import Decoder
+from medusa.decoder import CHUNK_BUCKETS, Decoder, StepTokens
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
-from medusa.request import Completion, Delta, FinishReason, Phase, Request, Sequence, Stats, StepRecord, check_request
+from medusa.prefix_cache import PrefixCache
+from medusa.request import Completion, Delta, FinishReason, Phase, Request, Stats, StepRecord, check_request
 from medusa.sampling import SamplingRows
+from medusa.schedule import Schedule
+from medusa.sequence import Sequence
 from medusa.tree import Tree
+from medusa.tree_policy import Gain, TreePolicy, tree_sizes
 
 __all__ = ["Completion", "Delta", "Engine", "FinishReason", "Request", "Stats", "StepRecord", "check_request"]
 
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MAX_PREFILL_ROWS = 4
+# A chunk should take about as long as a few decode steps: that is how long those running may wait.
+PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
 _IDLE = SamplingParams(max_tokens=1)
 
 
 class Engine:
     """Continuous batching over slots. Not thread-safe: one thread submits, steps and cancels.
 
-    Every prompt and answer must fit `context_length` together, so an admitted request never runs out of room.
+    Every prompt and answer must fit `context_length` together and a slot has room for that, so an admitted request never
+    runs out. What a request leaves unused of its slot is the memory wasted; prefixes are kept apart, in whole blocks.
     """
 
     def __init__(
@@ -39,9 +46,16 @@ class Engine:
         tree: Tree | None = None,
         max_batch_size: int = 8,
         context_length: int | None = None,
+        prefill_tokens: int | None = None,
+        prefix_cache_tokens: int = 0,
+        policy: TreePolicy | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        """`on_step` is told of each forward, in the thread that steps; it must be quick and must not raise."""
+        """`prefill_tokens` bounds a chunk (one of CHUNK_BUCKETS; None: by the device). `prefix_cache_tokens` are kept of
+        prompts and answers for later prompts that begin alike (0: none); an engine starts with none and shares them with
+        no other. `policy` shrinks the tree as the batch grows, for requests whose answers do not depend on it (None:
+        always `tree`). `on_step` is told of each forward, in the thread that steps; it must be quick and not raise.
+        """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
         length = context_length or min(backbone.max_context, 2048)
@@ -49,29 +63,40 @@ class Engine:
             raise ValueError(
                 f"context_length must lie in [2, {backbone.max_context}] for backbone {backbone.name}, got {length}"
             )
+        chunk = prefill_tokens or PREFILL_TOKENS.get(backbone.device.type, PREFILL_TOKENS["cpu"])
+        if chunk not in CHUNK_BUCKETS:
+            raise ValueError(f"prefill_tokens must be one of {', '.join(map(str, CHUNK_BUCKETS))}, got {chunk}")
         self.backbone = backbone
         self.tree = tree or Tree.root_only()
         self.max_batch_size = max_batch_size
         self.context_length = length
-        self.decoder = Decoder(backbone, heads, self.tree, num_slots=max_batch_size, context_length=length)
+        self.prefill_tokens = chunk
+        self.policy = policy
+        self.prefixes = PrefixCache(prefix_cache_tokens)
+        self.decoder = Decoder(
+            backbone, heads, self.tree, num_slots=max_batch_size, context_length=length, prefill_chunk=chunk
+        )
         self.step_seconds: deque[float] = deque(maxlen=4096)
         self._on_step = on_step
         self._eos = backbone.eos_token_ids
-        self._waiting: deque[Sequence] = deque()
-        self._active: list[Sequence] = []
+        self._sizes = tree_sizes(self.tree)
+        self._gain = Gain()
+        self._schedule = Schedule(max_batch_size)
         self._rows: SamplingRows | None = None
+        self._step_owed = False  # those running wait since the last chunk
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._active)
+        return bool(self.num_active or self.num_waiting)
 
     @property
     def num_active(self) -> int:
-        return len(self._active)
+        """Requests that hold a slot."""
+        return self._schedule.num_taken
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._schedule.waiting)
 
     def check(self, request: Request) -> None:
         """PromptError for a request that this engine can never serve."""
@@ -80,25 +105,39 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError, and ValueError for an id already in use."""
         self.check(request)
-        if any(request.request_id == s.request.request_id for s in (*self._waiting, *self._active)):
+        if request.request_id in self._schedule:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        self._waiting.append(Sequence(request=request, submitted=time.perf_counter()))
+        self._schedule.waiting.append(Sequence(request=request, submitted=time.perf_counter()))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running; its slot is free at once. False where it is not known (any more)."""
-        for sequence in self._waiting:
-            if sequence.request.request_id == request_id:
-                self._waiting.remove(sequence)
+        for sequence in self._schedule.waiting:
+            if sequence.request_id == request_id:
+                self._schedule.waiting.remove(sequence)
                 return True
-        for slot, sequence in enumerate(self._active):
-            if sequence.request.request_id == request_id:
+        half = self._schedule.half_read
+        if half is not None and half.request_id == request_id:
+            self._schedule.half_read = None
+            self.decoder.free(len(self._schedule.running))
+            return True
+        for slot, sequence in enumerate(self._schedule.running):
+            if sequence.request_id == request_id:
                 self._remove(slot)
                 return True
         return False
 
     def step(self) -> list[Delta]:
-        """Admit who fits, decode one tree for everyone running; what each request got, in order of arrival."""
-        return self._admit() or self._decode()
+        """Read at most one chunk of prompts, then decode one tree for everyone running; what each request got.
+
+        A chunk that ends prompts gives their first tokens, which leave at once: the decode step is that of the next call.
+        """
+        if self._schedule.can_read and not self._step_owed:
+            self._step_owed = bool(self._schedule.running)
+            first_tokens = self._prefill()
+            if first_tokens:
+                return first_tokens
+        self._step_owed = False
+        return self._decode()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer all requests, the batch kept full, completions in the order in which they finish.
@@ -107,7 +146,7 @@ class Engine:
         """
         source, exhausted = iter(requests), False
         while not exhausted or self.has_work:
-            while not exhausted and len(self._waiting) + len(self._active) < self.max_batch_size:
+            while not exhausted and self.num_active + self.num_waiting < self.max_batch_size:
                 request = next(source, None)
                 if request is None:
                     exhausted = True
@@ -126,97 +165,113 @@ class Engine:
                 if delta.completion is not None:
                     yield delta.completion
 
-    def _admit(self) -> list[Delta]:
-        """Prefill waiting requests into the free slots, a few together; their first tokens."""
-        free = self.max_batch_size - len(self._active)
-        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting), MAX_PREFILL_ROWS))]
-        if not new:
-            return []
-        began, first = time.perf_counter(), len(self._active)
-        rows = SamplingRows.of([s.request.params for s in new], self.backbone.device)
-        tokens = self.decoder.prefill(first, [s.request.prompt_ids for s in new], rows)
-        ended = time.perf_counter()
-        self._active += new
+    def _prefill(self) -> list[Delta]:
+        """Read the next chunk of prompts; the first tokens of those that are in whole then."""
+        began, first = time.perf_counter(), len(self._schedule.running)
+        chunk = self._schedule.next_prompts(self.prefill_tokens, self._known if self.prefixes.enabled else None)
+        for slot, sequence in enumerate(chunk, start=first):
+            if sequence is not self._schedule.half_read:
+                self._admit(slot, sequence, began)
+        parts = [s.prompt_ids[s.num_read : s.num_read + self.prefill_tokens] for s in chunk]
+        self.decoder.extend(first, parts)
+        for sequence, part in zip(chunk, parts, strict=True):
+            sequence.num_read += len(part)
+        deltas: list[Delta] = []
+        if chunk[0].num_read < len(chunk[0].prompt_ids):
+            self._schedule.begin_half(chunk[0])
+        else:
+            deltas = self._start(first, chunk)
+        self._record("prefill", time.perf_counter() - began, len(chunk), 0, sum(map(len, parts)))
+        return deltas
+
+    def _known(self, sequence: Sequence) -> int:
+        """Prompt tokens whose keys and values are at hand; never the last: the heads need its hidden state."""
+        return self.prefixes.known(sequence.prompt_ids[:-1], self.backbone.version)
+
+    def _admit(self, slot: int, sequence: Sequence, now: float) -> None:
+        prefix = self.prefixes.take(sequence.prompt_ids[:-1], self.backbone.version) if self.prefixes.enabled else []
+        self.decoder.open(slot, prefix)
+        sequence.admit(self.decoder.length_of(slot), now)
+
+    def _start(self, first: int, sequences: list[Sequence]) -> list[Delta]:
+        """The first tokens of sequences whose prompts are in, in the slots from `first` on."""
+        rows = SamplingRows.of([s.params for s in sequences], self.backbone.device)
+        first_tokens = self.decoder.start(first, rows)
+        now = time.perf_counter()
+        for slot, sequence in enumerate(sequences, start=first):
+            sequence.start(now)
+            self._keep_prefix(slot, sequence)
+        self._schedule.begin(sequences)
         self._rows = None
-        for sequence in new:
-            sequence.stats.prompt_tokens = len(sequence.request.prompt_ids)
-            sequence.stats.queue_s = began - sequence.submitted
-            sequence.stats.prefill_s = ended - began
-            sequence.started = ended
-        num_prompt_tokens = sum(s.stats.prompt_tokens for s in new)
-        self._record("prefill", ended - began, len(new), 0, num_prompt_tokens)
-        return self._emit(first, [[token] for token in tokens], 0)
+        return self._emit(first, first_tokens, 0)
+
+    def _keep_prefix(self, slot: int, sequence: Sequence) -> None:
+        """Keep what a slot holds of the text so far, for prompts to come."""
+        if self.prefixes.enabled:
+            text = [*sequence.prompt_ids, *sequence.token_ids][: self.decoder.length_of(slot)]
+            self.prefixes.keep(
+                text, lambda start, stop: self.decoder.cache.read(slot, start, stop), self.backbone.version
+            )
 
     def _decode(self) -> list[Delta]:
-        if not self._active:
+        live = len(self._schedule.running)
+        if not live:
             return []
-        live = len(self._active)
         num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
+        params = [s.params for s in self._schedule.running]
         if self._rows is None:
-            params = [s.request.params for s in self._active]
-            idle = [_IDLE] * (num_rows - len(params))
-            self._rows = SamplingRows.of(params + idle, self.backbone.device)
+            idle = num_rows - live
+            emitted = [s.token_ids for s in self._schedule.running] + [[]] * idle
+            self._rows = SamplingRows.of(params + [_IDLE] * idle, self.backbone.device, emitted)
+        nodes = self._choose_nodes(num_rows, params)
         began = time.perf_counter()
-        emitted = self.decoder.step(num_rows, self._rows).tokens
+        step = self.decoder.step(num_rows, self._rows, live=live, nodes=nodes)
         seconds = time.perf_counter() - began
         self.step_seconds.append(seconds)
-        for idle_slot in range(live, num_rows):
-            self.decoder.free(idle_slot)
-        nodes = self.tree.num_nodes
-        deltas = self._emit(0, emitted[:live], nodes)
+        if self.policy is not None:
+            free = [len(tokens) for tokens, p in zip(step.tokens, params, strict=True) if p.tree_nodes is None]
+            self._gain.see(expected=self.policy.expected.get(nodes, 1.0), emitted=free)
+        deltas = self._emit(0, step, nodes)
         self._record("decode", seconds, live, nodes, sum(len(delta.token_ids) for delta in deltas))
         return deltas
+
+    def _choose_nodes(self, num_rows: int, params: list[SamplingParams]) -> int:
+        """Nodes of the coming step: what the policy offers, no more than anyone may use; for typical acceptance, whose
+        answers depend on its tree, always the whole of it."""
+        whole = self.tree.num_nodes
+        offered = whole if self.policy is None else self.policy.choose(num_rows, self._gain.value)
+        wanted = max(min(whole if p.scheme == "typical" else offered, p.tree_nodes or whole, whole) for p in params)
+        return next(size for size in self._sizes if size >= wanted)
 
     def _record(self, phase: Phase, seconds: float, rows: int, nodes: int, tokens: int) -> None:
         if self._on_step is not None:
             self._on_step(StepRecord(phase=phase, seconds=seconds, rows=rows, nodes=nodes, tokens=tokens))
 
-    def _emit(self, first: int, emitted: list[list[int]], nodes: int) -> list[Delta]:
+    def _emit(self, first: int, step: StepTokens, nodes: int) -> list[Delta]:
         """Give tokens to the sequences from slot `first` on; those that end leave their slots."""
-        deltas = []
-        for slot, tokens in enumerate(emitted, start=first):
-            sequence = self._active[slot]
-            kept = self._keep(sequence, tokens)
-            sequence.stats.nodes_per_step.append(min(nodes, sequence.request.params.tree_nodes or nodes))
-            completion = self._complete(sequence) if sequence.finish_reason else None
-            deltas.append(Delta(request_id=sequence.request.request_id, token_ids=kept, completion=completion))
-        for slot in range(len(self._active) - 1, first - 1, -1):
-            if self._active[slot].finish_reason:
+        running, deltas = self._schedule.running, []
+        for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True):
+            kept = sequence.take(tokens, nodes, self._eos)
+            own = logprobs[: len(kept)]
+            sequence.logprobs += own
+            completion = sequence.complete(time.perf_counter()) if sequence.finish_reason else None
+            deltas.append(Delta(request_id=sequence.request_id, token_ids=kept, completion=completion, logprobs=own))
+        for slot in range(len(running) - 1, first - 1, -1):
+            if running[slot].finish_reason:
+                self._keep_prefix(slot, running[slot])
                 self._remove(slot)
         return deltas
 
-    def _keep(self, sequence: Sequence, tokens: list[int]) -> list[int]:
-        """The tokens up to the first that ends the answer: end of sequence, the caller's stop, or max_tokens."""
-        request, kept = sequence.request, []
-        for token in tokens:
-            kept.append(token)
-            sequence.token_ids.append(token)
-            stopped = request.on_token is not None and request.on_token(token)
-            if stopped or (token in self._eos and not request.params.ignore_eos):
-                sequence.finish_reason = "stop"
-            elif len(sequence.token_ids) >= request.params.max_tokens:
-                sequence.finish_reason = "length"
-            if sequence.finish_reason:
-                break
-        sequence.stats.tokens_per_step.append(len(kept))
-        return kept
-
-    def _complete(self, sequence: Sequence) -> Completion:
-        assert sequence.finish_reason is not None
-        sequence.stats.decode_s = time.perf_counter() - sequence.started
-        return Completion(
-            request_id=sequence.request.request_id,
-            token_ids=sequence.token_ids,
-            finish_reason=sequence.finish_reason,
-            stats=sequence.stats,
-        )
-
     def _remove(self, slot: int) -> None:
-        """Free a slot; the last running sequence takes its place, so the live rows stay together."""
-        last = len(self._active) - 1
+        """Free a slot; the last running sequence takes its place and the half-read one follows: slots stay together."""
+        running = self._schedule.running
+        last = len(running) - 1
         if slot != last:
             self.decoder.move(last, slot)
-            self._active[slot] = self._active[last]
-        self._active.pop()
+            running[slot] = running[last]
+        running.pop()
+        if self._schedule.half_read is not None:
+            self.decoder.move(last + 1, last)
+            last += 1
         self.decoder.free(last)
         self._rows = None

@@ -16,6 +16,7 @@ from medusa.detokenize import TextStream
 from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
+from medusa.logprobs import TokenLogprob
 from medusa.pretrained import pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree import Tree
@@ -27,12 +28,14 @@ TreeChoice = Tree | int | Sequence[Sequence[int]] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """An answer. `token_ids` includes the end-of-sequence token and, after a stop string, the tokens that completed it."""
+    """An answer. `token_ids` includes the end-of-sequence token and, after a stop string, the tokens that completed it;
+    `logprobs` stands beside it where `logprobs=` asked for them."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Chunk(str):
@@ -76,7 +79,8 @@ class Model:
         """Answer a prompt — text, chat messages or token ids — or a list of them; a list comes back for a list.
 
         `sampling` are the fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, acceptance, epsilon,
-        delta, root, …). `tree` is a number of nodes, paths, or a `Tree`. Raises PromptError and ValueError.
+        delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, or a `Tree`. Raises PromptError and
+        ValueError.
         """
         many, batch = _as_batch(prompts)
         if not batch:
@@ -221,6 +225,7 @@ def _generation(completion: Completion, stream: TextStream) -> Generation:
         token_ids=completion.token_ids,
         finish_reason=completion.finish_reason,
         stats=completion.stats,
+        logprobs=completion.logprobs,
     )
 
 

@@ -7,6 +7,7 @@ head attends to lies in one piece: with many sequences in a batch, reading it is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,20 @@ class KVCache:
         self.free(target)
         self.store[:, target, :, :length] = self.store[:, source, :, :length]
         self._used[target] = length
+
+    def read(self, slot: int, start: int, stop: int) -> Tensor:
+        """A copy of positions start…stop−1 of a slot [Y·2,H,stop−start,E]."""
+        return self.store[:, slot, :, start:stop].clone()
+
+    def write(self, slot: int, pieces: Sequence[Tensor]) -> int:
+        """Fill a free slot from its beginning with pieces [Y·2,H,·,E], as `read` gives them; how many positions that was."""
+        assert self._used[slot] == 0, "the slot is free"
+        length = 0
+        for piece in pieces:
+            self.store[:, slot, :, length : length + piece.shape[2]] = piece
+            length += piece.shape[2]
+        self._used[slot] = length
+        return length
 
     def free(self, slot: int) -> None:
         """Zero a slot for its next user."""

@@ -16,7 +16,8 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to answer. `on_token` sees each new token and ends the answer after one for which it returns True."""
+    """One prompt to answer. `on_token` sees each new token and ends the answer after one for which it returns True; where
+    it raises, the answer ends with that `error`, and no other."""
 
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -114,18 +115,6 @@ class StepRecord:
     tokens: int
 
 
-@dataclass(kw_only=True)
-class Sequence:
-    """A request on its way through the engine. `started` is when its first token came."""
-
-    request: Request
-    submitted: float
-    token_ids: list[int] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
-    started: float = 0.0
-    finish_reason: FinishReason | None = None
-
-
 def check_request(request: Request, *, context_length: int, vocab_size: int) -> None:
     """PromptError for what no engine of this context and vocabulary can ever serve."""
     prompt, limit = request.prompt_ids, context_length
@@ -138,6 +127,7 @@ def check_request(request: Request, *, context_length: int, vocab_size: int) -> 
             f"max_tokens {request.params.max_tokens} and a prompt of {len(prompt)} tokens exceed the context of {limit}; "
             f"ask for max_tokens {limit - len(prompt)} or less"
         )
-    odd = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if odd is not None:
-        raise PromptError(f"the prompt holds token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")
+    for name, tokens in (("the prompt holds", prompt), ("logit_bias names", request.params.logit_bias)):
+        odd = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if odd is not None:
+            raise PromptError(f"{name} token id {odd}; the vocabulary has ids 0 to {vocab_size - 1}")

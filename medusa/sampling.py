@@ -8,12 +8,15 @@ choice, position, token id), so a draw is the same whatever the tree, the batch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from medusa.config import SCHEMES, SamplingParams
+from medusa.logit_edits import LogitEdits
+from medusa.logprobs import LogprobRows
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: SplitMix64's increment
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -42,13 +45,20 @@ class SamplingRows:
     any_noise: bool
     any_filter: bool
     any_limit: bool
+    edits: LogitEdits | None
+    logprobs: LogprobRows
 
     @classmethod
-    def of(cls, params: list[SamplingParams], device: torch.device) -> SamplingRows:
+    def of(
+        cls, params: list[SamplingParams], device: torch.device, emitted: Sequence[Sequence[int]] | None = None
+    ) -> SamplingRows:
+        """`emitted` are the lists in which the requests' tokens are collected, read anew at each step; None: all empty."""
+
         def column(values: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         schemes = [p.scheme for p in params]
+        edits = LogitEdits.of(params, emitted or [()] * len(params), device)
         noisy = [p.scheme == "rejection" or (p.scheme == "typical" and p.root == "sample") for p in params]
         return cls(
             scheme=column([SCHEMES.index(s) for s in schemes], torch.long),
@@ -68,6 +78,8 @@ class SamplingRows:
                 s != "greedy" and (p.top_p < 1 or p.top_k > 0) for s, p in zip(schemes, params, strict=True)
             ),
             any_limit=any(p.tree_nodes is not None for p in params),
+            edits=edits,
+            logprobs=LogprobRows.of(params, edits.rows if edits else ()),
         )
 
 

@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tree:
-    """A prefix-closed set of paths, sorted so that parents stand before children. Make one with `from_paths`."""
+    """A prefix-closed set of paths, parents before children. Make one with `from_paths`, which sorts them, or `grown`."""
 
     paths: tuple[Path, ...]
 
@@ -35,6 +35,22 @@ class Tree:
                     f"tree path {list(path)} has no parent {list(path[:-1])}; a tree must be prefix-closed"
                 )
         return cls(tuple(sorted(known, key=lambda path: (len(path), path))))
+
+    @classmethod
+    def grown(cls, paths: Iterable[Sequence[int]]) -> Tree:
+        """Tree whose nodes keep the order of these paths: `first(n)` is what it was when it had n nodes.
+
+        ValueError as in `from_paths`, and for a path that stands before its parent.
+        """
+        order = tuple(dict.fromkeys([(), *(tuple(int(rank) for rank in path) for path in paths)]))
+        place = {path: node for node, path in enumerate(order)}
+        assert cls.from_paths(order)
+        for path in order[1:]:
+            if place[path[:-1]] > place[path]:
+                raise ValueError(
+                    f"tree path {list(path)} stands before its parent {list(path[:-1])}; a tree grows downwards"
+                )
+        return cls(order)
 
     @classmethod
     def root_only(cls) -> Tree:

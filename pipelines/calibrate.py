@@ -1,6 +1,7 @@
 """The tree of a device: how often the heads are right, what a step of each size costs, and the best between the two.
 
 Writes the grown paths, the accuracy and the chosen size into the checkpoint. arXiv 2401.10774 §2.3.3 and §4 (figure 4).
+Run again over the same weights, answers and settings it measures nothing: what it found then is put back.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config import CalibrateSection, Config
+from pipelines.inputs import inputs_key, machine, weights_digest
 from pipelines.models import load_model, use_threads
 from pipelines.records import CALIBRATION, Answers, read_answers
 from pipelines.stage import Progress, Step, ignore_progress, main
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from medusa.tree import Path as TreePath
 
 logger = logging.getLogger(__name__)
+
+RECORD, PLOT = "calibration.json", "calibration.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +53,31 @@ class CalibrateResult:
     curve: tuple[SizeCost, ...]
     num_nodes: int
     num_positions: int
+    measured_before: bool = False
 
     @property
     def summary(self) -> str:
         best = next(cost for cost in self.curve if cost.nodes == self.num_nodes)
+        before = "; unchanged since, calibrate.again=true measures again" if self.measured_before else ""
         return (
             f"tree of {self.num_nodes} nodes for {self.checkpoint}: {best.expected_tokens:.2f} tokens expected a step of "
-            f"{1000 * best.step_s:.0f} ms, from {self.num_positions} positions; curve in {self.plot}"
+            f"{1000 * best.step_s:.0f} ms, from {self.num_positions} positions; curve in {self.plot}{before}"
         )
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult:
     """Calibrate the checkpoint in the working directory on the calibration answers. Raises StageError, CheckpointError."""
-    from medusa.checkpoint import save_checkpoint
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
 
     answers = read_answers(config.layout.distilled, CALIBRATION)
     if json.loads(answers.sampling)["temperature"] > 0:
         logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
+    key = _inputs(config, answers)
+    if not config.calibrate.again and (record := _record_of(config.layout.calibration, key)) is not None:
+        return _result(config, record, measured_before=True)
     use_threads(None, processes=1)
     model = load_model(config.backbone, str(config.layout.checkpoint))
     assert model.heads is not None
-    assert model.checkpoint is not None
     sequences = [(row.prompt_ids, row.response_ids) for row in answers.rows]
     hits = measure_hits(model.backbone, model.heads, sequences, num_ranks=config.calibrate.num_ranks)
     paths = grow_paths(hits.accuracy, config.calibrate.max_nodes)
@@ -78,38 +85,72 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     expected = {nodes: expected_tokens(hits.accuracy, paths[: nodes - 1]) for nodes in step_s}
     chosen = best_size(expected, step_s)
     curve = tuple(SizeCost(nodes=n, expected_tokens=expected[n], step_s=step_s[n]) for n in sorted(step_s))
-    device = f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", "")
-    save_checkpoint(
-        config.layout.checkpoint,
-        model.heads,
-        paths=paths,
-        backbone_name=model.backbone.name,
-        backbone_fingerprint=model.backbone.fingerprint,
-        default_nodes=chosen,
-        accuracy=hits.accuracy,
-        adapters=model.checkpoint.adapters,
-        card=model.checkpoint.card | {"Tree": {"nodes": chosen, "answers": len(answers.rows), "chosen for": device}},
-    )
-    folder = config.layout.calibration
-    folder.mkdir(parents=True, exist_ok=True)
-    every_size = expected_by_size(hits.accuracy, paths)
     record = {
+        "inputs": key,
         "num_nodes": chosen,
-        "device": device,
+        "num_answers": len(answers.rows),
+        "device": f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", ""),
         "curve": [asdict(cost) for cost in curve],
         "accuracy": hits.accuracy.tolist(),
         "positions": hits.counts.tolist(),  # for each head, since later heads have fewer targets
         "paths": [list(path) for path in paths],  # the first n - 1 are the best tree of n nodes
-        "expected_tokens": every_size,  # of the best tree of 1, 2, … nodes
+        "expected_tokens": expected_by_size(hits.accuracy, paths),  # of the best tree of 1, 2, … nodes
     }
+    folder = config.layout.calibration
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)  # a record says that all else is there
     draw_tree(folder / "tree.png", paths[: chosen - 1], hits.accuracy)
-    (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(folder / PLOT, curve, chosen, record["expected_tokens"])
+    result = _result(config, record)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _inputs(config: Config, answers: Answers) -> str:
+    """Names all that the calibration depends on."""
+    return inputs_key(
+        weights_digest(config.layout.checkpoint),
+        config.backbone.model_dump(mode="json"),
+        [answers.backbone, answers.fingerprint],
+        config.calibrate.model_dump(mode="json", exclude={"again"}),
+        machine(),
+    )
+
+
+def _record_of(folder: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier calibration of the same inputs found; None where there was none, or it was cut off."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("inputs") == key else None
+
+
+def _result(config: Config, record: dict[str, Any], *, measured_before: bool = False) -> CalibrateResult:
+    """Give the checkpoint the tree that a calibration found."""
+    from medusa.checkpoint import load_checkpoint, save_checkpoint
+
+    checkpoint = load_checkpoint(config.layout.checkpoint)
+    chosen = int(record["num_nodes"])
+    told = {"nodes": chosen, "answers": record["num_answers"], "chosen for": record["device"]}
+    save_checkpoint(
+        config.layout.checkpoint,
+        checkpoint.heads,
+        paths=[tuple(path) for path in record["paths"]],
+        backbone_name=checkpoint.backbone_name,
+        backbone_fingerprint=checkpoint.backbone_fingerprint,
+        default_nodes=chosen,
+        accuracy=record["accuracy"],
+        adapters=checkpoint.adapters,
+        card=checkpoint.card | {"Tree": told},
+    )
     return CalibrateResult(
         checkpoint=config.layout.checkpoint,
-        plot=draw(folder / "calibration.png", curve, chosen, every_size),
-        curve=curve,
+        plot=config.layout.calibration / PLOT,
+        curve=tuple(SizeCost(**cost) for cost in record["curve"]),
         num_nodes=chosen,
-        num_positions=int(hits.counts[0]),
+        num_positions=int(record["positions"][0]),
+        measured_before=measured_before,
     )
 
 

@@ -232,13 +232,17 @@ class TrainSection(Section):
 
 
 class CalibrateSection(Section):
-    """How the tree is chosen: nested trees up to `max_nodes`, the cost of each of `sizes` measured on this device."""
+    """How the tree is chosen: nested trees up to `max_nodes`, the cost of each of `sizes` measured on this device.
+
+    Where weights, answers and settings are as they were, the earlier measurement stands, unless `again`.
+    """
 
     max_nodes: Annotated[int, Field(ge=2)] = 64
     num_ranks: Annotated[int, Field(ge=2)] = 16
     sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32, 64)
     tokens_per_size: PositiveInt = 48
     rounds: PositiveInt = 3
+    again: bool = False
 
 
 def _scheme(text: str) -> str:
@@ -264,6 +268,7 @@ class EvaluateSection(Section):
     Greedy decoding with the checkpoint's own tree is always measured; `schemes` and sizes of trees (`nodes`) are
     measured beside it, each with each. `identity_prompts` prompts are decoded again in float32. `text` is a file of
     human-written text, a paragraph a line, for the quality guard of a tuned backbone; null is the built-in one.
+    Where checkpoint, prompts and settings are as they were, the earlier report stands, unless `again`.
     """
 
     path: AbsolutePath | None = None
@@ -275,6 +280,7 @@ class EvaluateSection(Section):
     nodes: tuple[PositiveInt, ...] = ()
     identity_prompts: PositiveInt = 4
     text: AbsolutePath | None = None
+    again: bool = False
 
 
 class RegistrySection(Section):
@@ -293,9 +299,11 @@ class RegistrySection(Section):
 class PromoteSection(Section):
     """The gate: a challenger may fall below the champion by these relative margins, no more. Speed is noisier.
 
-    Both are measured as `evaluate` says, side by side. `perplexity_margin` bounds what a tuned backbone may lose against
-    the original. `version` null promotes the challenger. `lock_timeout_s` should exceed `registry.lock_lease_s`: only
-    then is the lock of a process that died ever taken over. `rollback` restores the previous champion instead.
+    Both are measured as `evaluate` says, side by side. Whether there is a champion or not, a challenger must accept and
+    speed up at least `min_acceleration` and `min_speedup`: 1 is plain decoding. `perplexity_margin` bounds what a tuned
+    backbone may lose against the original. `version` null promotes the challenger. `lock_timeout_s` should exceed
+    `registry.lock_lease_s`: only then is the lock of a process that died ever taken over. `rollback` restores the
+    previous champion instead.
     """
 
     version: PositiveInt | None = None
@@ -303,6 +311,7 @@ class PromoteSection(Section):
     speedup_margin: Share = 0.10
     perplexity_margin: Share = 0.01
     min_acceleration: PositiveFloat = 1.0
+    min_speedup: PositiveFloat = 1.0
     lock_timeout_s: PositiveFloat = 60.0
     force: bool = False
     rollback: bool = False

@@ -6,18 +6,30 @@ second, tree / plain, same prompts and lengths, taking turns. Identity is with p
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import Config, EvaluateSection
 from pipelines.errors import StageError
+from pipelines.inputs import inputs_key, machine
 from pipelines.models import load_model, use_threads
 from pipelines.prompts import Prompt, evaluation_prompts
 from pipelines.registry import folder_digest, open_registry
-from pipelines.report import Case, Details, Difference, Evaluation, Figures, Quality, log_report, write_report
+from pipelines.report import (
+    Case,
+    Details,
+    Difference,
+    Evaluation,
+    Figures,
+    Quality,
+    log_report,
+    report_of,
+    write_report,
+)
 from pipelines.stage import Progress, Step, ignore_progress, main
 
 if TYPE_CHECKING:
@@ -40,10 +52,12 @@ class EvaluateResult:
     details: Details
     report: Path
     plot: Path
+    measured_before: bool = False
 
     @property
     def summary(self) -> str:
-        return f"{self.evaluation.headline}; report in {self.report}"
+        before = "; unchanged since, evaluate.again=true measures again" if self.measured_before else ""
+        return f"{self.evaluation.headline}; report in {self.report}{before}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +91,18 @@ class Comparison:
 def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     """Measure the checkpoint in the working directory, and log the report to the registry if that is in reach.
 
+    A report that was made of the same checkpoint, prompts and settings on such a machine stands as it is.
     Raises StageError, CheckpointError, ConfigError, PromptError, ValueError.
     """
     settings, folder = config.evaluate, config.layout.checkpoint
     if not folder.is_dir():
         raise StageError(f"no checkpoint at {folder}; run `train` first")
     prompts = evaluation_prompts(settings)
+    key = _inputs(config, prompts)
+    if not settings.again and (made := report_of(config.layout.evaluation, key)) is not None:
+        return EvaluateResult(
+            evaluation=made.evaluation, details=made.details, report=made.page, plot=made.plot, measured_before=True
+        )
     use_threads(None, processes=1)
     model = load_model(config.backbone, str(folder))
     trees = [model.tree, *(model.resolve_tree(size) for size in settings.nodes if size != model.tree.num_nodes)]
@@ -121,9 +141,22 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     )
     details = Details(cases=cases, differences=tuple(dict.fromkeys([*differences, *precise_differences])))
     steps = [one.tokens_per_step[1:] for one in by_tree[0]]
-    report, plot = write_report(config.layout.evaluation, evaluation, steps, details)
+    report, plot = write_report(config.layout.evaluation, evaluation, steps, details, inputs=key)
     _log(config, model, evaluation)
     return EvaluateResult(evaluation=evaluation, details=details, report=report, plot=plot)
+
+
+def _inputs(config: Config, prompts: Sequence[Prompt]) -> str:
+    """Names all that the evaluation depends on."""
+    text = config.evaluate.text
+    return inputs_key(
+        folder_digest(config.layout.checkpoint),
+        config.backbone.model_dump(mode="json"),
+        [asdict(prompt) for prompt in prompts],
+        text and hashlib.sha256(text.read_bytes()).hexdigest(),
+        config.evaluate.model_dump(mode="json", exclude={"again", "path", "text"}),
+        machine(),
+    )
 
 
 def compare(config: Config, *, challenger: Path, champion: Path, progress: Progress = ignore_progress) -> Comparison:

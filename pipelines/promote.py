@@ -112,8 +112,8 @@ def judge(
     """Why the challenger must not be promoted; empty when it may. Pure.
 
     The guard first: identity with plain decoding must have been checked in float32 and have held; a tuned backbone must
-    also have kept its perplexity. Then, where there is a champion, acceleration rate and speedup must reach the
-    champion's as both were just measured, less the gate's margins.
+    also have kept its perplexity. Then the gain over plain decoding, and, where there is a champion, acceleration rate
+    and speedup must reach the champion's as both were just measured, less the gate's margins.
     """
     if challenger is None:
         return ("it was never evaluated",)
@@ -133,6 +133,8 @@ def judge(
     if not rate >= gate.min_acceleration:
         reasons.append(f"acceleration rate {rate:.2f} is below promote.min_acceleration {gate.min_acceleration:g}")
     if compared is None:
+        if not challenger.speedup >= gate.min_speedup:
+            reasons.append(f"speedup {challenger.speedup:.2f} is below promote.min_speedup {gate.min_speedup:g}")
         return tuple(reasons)
     for name, margin in (("acceleration_rate", gate.acceleration_margin), ("speedup", gate.speedup_margin)):
         ours, theirs = getattr(compared.challenger, name), getattr(compared.champion, name)

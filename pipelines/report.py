@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pipelines.registry import Registry
 
 
+RECORD, PAGE, PLOT = "report.json", "report.md", "report.png"
+
+
 class Ratios:
     """What a tree costs and gains beside plain decoding, for any record that holds both sides."""
 
@@ -109,6 +112,19 @@ class Details:
 
     cases: tuple[Case, ...] = ()
     differences: tuple[Difference, ...] = ()
+
+    @classmethod
+    def from_record(cls, record: Any) -> Details:
+        return cls(
+            cases=tuple(_case_of(case) for case in record["cases"]),
+            differences=tuple(Difference(**difference) for difference in record["differences"]),
+        )
+
+
+def _case_of(record: dict[str, Any]) -> Case:
+    by_category = {name: Figures(**figures) for name, figures in record["by_category"].items()}
+    given = {"overall": Figures(**record["overall"]), "by_category": by_category}
+    return Case(**{**record, **given, "depth_reached": tuple(record["depth_reached"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +226,20 @@ def log_report(registry: Registry, run_id: str, folder: Path, evaluation: Evalua
 
 
 def write_report(
-    folder: Path, evaluation: Evaluation, tokens_per_step: Sequence[Sequence[int]], details: Details = Details()
+    folder: Path,
+    evaluation: Evaluation,
+    tokens_per_step: Sequence[Sequence[int]],
+    details: Details = Details(),
+    *,
+    inputs: str = "",
 ) -> tuple[Path, Path]:
-    """report.md, report.json and pictures in `folder`; (page, picture). `tokens_per_step` is for the picture."""
+    """report.md, report.json and pictures in `folder`; (page, picture). `tokens_per_step` is for the picture.
+
+    `inputs` names what was measured (see `inputs.inputs_key`). The record is written last: where it is, all is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"evaluation": asdict(evaluation), "details": asdict(details)}
-    (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plot = _draw(folder / "report.png", evaluation, tokens_per_step)
+    (folder / RECORD).unlink(missing_ok=True)
+    plot = _draw(folder / PLOT, evaluation, tokens_per_step)
     lines = ["# Evaluation", "", evaluation.headline + ".", ""]
     lines += [*_table(("figure", "value"), evaluation.rows()), ""]
     lines += [f"![tokens per second and tokens per step]({plot.name})", ""]
@@ -230,14 +253,42 @@ def write_report(
         "A tree answers each prompt to the length of the plain answer; second turns stand behind the plain greedy answer.",
         "",
     ]
-    page = folder / "report.md"
+    page = folder / PAGE
     page.write_text("\n".join(lines), encoding="utf-8")
+    record = {"inputs": inputs, "evaluation": asdict(evaluation), "details": asdict(details)}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return page, plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `write_report` left in a folder."""
+
+    evaluation: Evaluation
+    details: Details
+    page: Path
+    plot: Path
+
+
+def report_of(folder: Path, inputs: str) -> Report | None:
+    """The report that was made of these inputs; None where there is none, or it was cut off."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["inputs"] != inputs:
+            return None
+        return Report(
+            evaluation=Evaluation.from_record(record["evaluation"]),
+            details=Details.from_record(record["details"]),
+            page=folder / PAGE,
+            plot=folder / PLOT,
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """The record that `write_report` left. Raises StageError where there is none."""
-    path = folder / "report.json"
+    path = folder / RECORD
     try:
         return Evaluation.from_record(json.loads(path.read_text(encoding="utf-8"))["evaluation"])
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The whole life cycle, or a part of it, in order and in one Ray: distil, train, calibrate, evaluate, register, promote.
 
-Started again it goes on where it stopped: answers and training steps that are there are not made twice, the rest takes
-minutes. Knows the order of the stages, not what they do.
+Started again it goes on where it stopped: answers, training steps and measurements that are there are not made twice.
+Knows the order of the stages, not what they do.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def configuration(tiny_folder: Path, tracking: str, tmp_path_factory: pytest.Tem
         },
         "calibrate": {"sizes": [1, 4], "tokens_per_size": 8, "rounds": 1},
         "evaluate": {"num_prompts": 2, "max_tokens": 16, "identity_prompts": 2},
+        "promote": {"min_speedup": 0.01},  # a tiny model's tree is slower than its plain decoding
         "registry": {"tracking_uri": tracking},
     }  # fmt: skip
     file = folder / "tiny.yaml"

@@ -57,6 +57,7 @@ def configure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Co
                 "evaluate.num_prompts=3",
                 "evaluate.max_tokens=16",
                 "evaluate.identity_prompts=3",
+                "promote.min_speedup=0.01",  # a tiny model's tree is slower than its plain decoding
                 *overrides,
             ],
         )

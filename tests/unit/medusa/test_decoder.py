@@ -54,7 +54,7 @@ def decode(
     heads = random_heads(backbone)
     decoder = Decoder(backbone, heads, tree, num_slots=len(prompts), context_length=128, **options)
     rows = SamplingRows.of(params, backbone.device)
-    answers = [[token] for token in decoder.prefill(0, prompts, rows)]
+    answers = decoder.prefill(0, prompts, rows).tokens
     while min(map(len, answers)) < count:
         for answer, new in zip(answers, decoder.step(len(prompts), rows).tokens, strict=True):
             answer += new
@@ -162,11 +162,11 @@ def test_nan_of_a_former_tenant_does_not_leak_through_masked_slots() -> None:
     prompt, params = prompt_of(6, 1), [SamplingParams()]
     decoder = Decoder(backbone, random_heads(backbone), Tree.full([3, 2]), num_slots=1, context_length=64)
     rows = SamplingRows.of(params, backbone.device)
-    clean = [decoder.prefill(0, [prompt], rows), *decoder.step(1, rows).tokens]
+    clean = [decoder.prefill(0, [prompt], rows).tokens, *decoder.step(1, rows).tokens]
     decoder.cache.begin(first_slot=0, offsets=torch.tensor([0]), num_new=1, length=64)
     decoder.cache.store[:, 0, :, :64] = float("nan")
     decoder.free(0)
-    assert [decoder.prefill(0, [prompt], rows), *decoder.step(1, rows).tokens] == clean
+    assert [decoder.prefill(0, [prompt], rows).tokens, *decoder.step(1, rows).tokens] == clean
 
 
 def test_an_idle_row_and_a_moved_row_change_nothing() -> None:
@@ -175,8 +175,7 @@ def test_an_idle_row_and_a_moved_row_change_nothing() -> None:
     want = [plain_continuation(backbone, p, 12) for p in prompts]
     decoder = Decoder(backbone, random_heads(backbone), Tree.full([4, 2]), num_slots=3, context_length=64)
     rows = SamplingRows.of([SamplingParams()] * 3, backbone.device)
-    first = decoder.prefill(0, prompts, SamplingRows.of([SamplingParams()] * 2, backbone.device))
-    answers = [[token] for token in first]
+    answers = decoder.prefill(0, prompts, SamplingRows.of([SamplingParams()] * 2, backbone.device)).tokens
     for _ in range(2):
         for answer, new in zip(answers, decoder.step(3, rows).tokens, strict=False):
             answer += new

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import medusa
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.tree_search import expected_tokens, grow_paths
+from pipelines import calibrate
 from pipelines.calibrate import SizeCost, draw, draw_tree, expected_by_size
+from pipelines.config import Config
+from pipelines.records import ANSWERS, CALIBRATION
+from pipelines.registry import folder_digest
+from tests.unit.medusa.tiny import random_heads
 
 ACCURACY = (
     torch.rand(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).sort(1, descending=True).values
@@ -31,3 +42,68 @@ def test_trees_and_curves_can_be_drawn(nodes: int, tmp_path: Path) -> None:
     assert draw_tree(tmp_path / "tree.png", paths, ACCURACY).stat().st_size > 1000
     curve = (SizeCost(nodes=1, expected_tokens=1.0, step_s=0.1),)
     assert draw(tmp_path / "curve.png", curve, 1, expected_by_size(ACCURACY, paths)).stat().st_size > 1000
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Config:
+    """A working directory as training leaves it: random heads without a tree of their own, and an answer to calibrate on."""
+    made = Config.model_validate(
+        {
+            "workdir": tmp_path,
+            "backbone": {"name": str(tiny_folder), "dtype": "float32"},
+            "calibrate": {"sizes": [1, 4], "tokens_per_size": 4, "rounds": 1},
+        }
+    )
+    model = medusa.load(tiny_folder, heads=None, dtype="float32")
+    save_checkpoint(
+        made.layout.checkpoint,
+        random_heads(model.backbone),
+        paths=[(0,)],
+        backbone_name=model.backbone.name,
+        backbone_fingerprint=model.backbone.fingerprint,
+    )
+    answer = model.generate([3, 4, 5], max_tokens=24, ignore_eos=True).token_ids
+    row = {
+        "id": "p", "prompt_id": "p", "source": "s", "part": CALIBRATION, "prompt_ids": [3, 4, 5], "response_ids": answer,
+        "response": "", "sampling": json.dumps({"temperature": 0.0}), "backbone": model.backbone.fingerprint,
+    }  # fmt: skip
+    made.layout.distilled.mkdir()
+    pq.write_table(pa.Table.from_pylist([row], schema=ANSWERS), made.layout.distilled / "a.parquet")
+    return made
+
+
+def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = {file.name: file.read_bytes() for file in config.layout.checkpoint.iterdir()}
+    first = calibrate.run(config)
+    calibrated = folder_digest(config.layout.checkpoint)
+    assert load_checkpoint(config.layout.checkpoint).default_nodes == first.num_nodes
+    for name, content in trained.items():  # what a repeated `train` puts there
+        (config.layout.checkpoint / name).write_bytes(content)
+
+    class Measured(Exception):
+        pass
+
+    def load(*_: object) -> None:
+        raise Measured
+
+    monkeypatch.setattr(calibrate, "load_model", load)
+    assert calibrate.run(config) == replace(first, measured_before=True)
+    assert folder_digest(config.layout.checkpoint) == calibrated
+    for changes in ({"again": True}, {"max_nodes": 5}):
+        settings = config.calibrate.model_copy(update=changes)
+        with pytest.raises(Measured):
+            calibrate.run(config.model_copy(update={"calibrate": settings}))
+    checkpoint = load_checkpoint(config.layout.checkpoint)
+    with torch.no_grad():
+        next(checkpoint.heads.parameters()).add_(1.0)
+    save_checkpoint(
+        config.layout.checkpoint,
+        checkpoint.heads,
+        paths=checkpoint.paths,
+        backbone_name=checkpoint.backbone_name,
+        backbone_fingerprint=checkpoint.backbone_fingerprint,
+    )
+    with pytest.raises(Measured):  # other weights
+        calibrate.run(config)

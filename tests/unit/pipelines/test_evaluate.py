@@ -50,6 +50,7 @@ def config(model: medusa.Model, tiny_folder: Path, tmp_path_factory: pytest.Temp
                 "path": prompts, "max_tokens": 12, "nodes": [3], "schemes": ["typical@0.8", "rejection@0.8"],
                 "identity_prompts": 2,
             },
+            "promote": {"min_speedup": 0.01},  # a tiny model's tree is slower than its plain decoding
         }
     )  # fmt: skip
     save_checkpoint(
@@ -90,6 +91,40 @@ def test_every_scheme_is_measured_with_every_size(result: evaluate.EvaluateResul
     assert (headline.identity_differing, headline.tuned, headline.quality) == (0, False, None)
 
 
+class Measured(Exception):
+    """Evaluation loads the model, to measure."""
+
+
+def test_a_report_of_the_same_inputs_stands_and_of_others_does_not(
+    config: Config, result: evaluate.EvaluateResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise Measured
+
+    monkeypatch.setattr(evaluate, "load_model", load)
+    assert evaluate.run(config) == replace(result, measured_before=True)
+    for changes in ({"again": True}, {"max_tokens": 11}, {"num_prompts": 2}):
+        settings = config.evaluate.model_copy(update=changes)
+        with pytest.raises(Measured):
+            evaluate.run(config.model_copy(update={"evaluate": settings}))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "machine", lambda: "another GPU")
+        with pytest.raises(Measured):
+            evaluate.run(config)
+    with_card = config.layout.checkpoint / "README.md"
+    before = with_card.read_bytes()
+    with_card.write_bytes(before + b"changed")
+    with pytest.raises(Measured):
+        evaluate.run(config)
+    with_card.write_bytes(before)
+    page = config.layout.evaluation / "report.json"
+    whole = page.read_text()
+    page.write_text(whole[:-40])
+    with pytest.raises(Measured):  # cut off while it was written
+        evaluate.run(config)
+    page.write_text(whole)
+
+
 def test_a_second_turn_stands_behind_the_models_own_first_answer(model: medusa.Model) -> None:
     first, second = ask(model, [Prompt(id="p", source="s", turns=("Hello", "More"))], 8, lambda _: None)
     answer = model.generate("Hello", max_tokens=8).token_ids
@@ -125,7 +160,7 @@ def test_a_challenger_is_fetched_and_measured_beside_the_champion(
 
     # Another machine, the same registry: the same heads with a smaller tree.
     shared = config.registry.model_copy(update={"tracking_uri": f"sqlite:///{config.layout.tracking_db}"})
-    gate = PromoteSection(acceleration_margin=0.9, speedup_margin=0.9, min_acceleration=0.5)
+    gate = PromoteSection(acceleration_margin=0.9, speedup_margin=0.9, min_acceleration=0.5, min_speedup=0.01)
     there = config.model_copy(update={"workdir": tmp_path, "registry": shared, "promote": gate})
     save_checkpoint(
         there.layout.checkpoint,

@@ -118,6 +118,8 @@ def test_a_figure_that_is_no_number_passes_nothing() -> None:
         (replace(GOOD, identity_checked=0), "not checked"),
         (replace(GOOD, identity_differing=1), "1 of 4"),
         (replace(GOOD, acceleration_rate=0.9), "min_acceleration"),
+        (replace(GOOD, tree_tokens_per_s=49.0), "speedup 0.98 is below promote.min_speedup 1"),
+        (replace(GOOD, tree_tokens_per_s=float("nan")), "min_speedup"),
         (replace(GOOD, tuned=True), "quality guard"),
         (
             replace(GOOD, tuned=True, quality=replace(KEPT, text=replace(SAME, tuned_perplexity=10.2))),

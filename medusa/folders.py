@@ -1,0 +1,30 @@
+"""A folder written whole or not at all. Knows the file system; knows nothing of what is in the folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to write into; it becomes `target` when the block ends, and is gone if the block raises.
+
+    An existing `target` is replaced, and stays as it was where that fails.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        made, old = Path(work) / "made", Path(work) / "old"
+        made.mkdir()
+        yield made
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(made, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise

@@ -1,0 +1,99 @@
+"""A request on its way through the engine, and when its answer ends. Knows token ids; knows no slots and no model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+from medusa.config import SamplingParams
+from medusa.logprobs import TokenLogprob
+from medusa.request import Completion, FinishReason, Request, Stats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """`num_read` prompt tokens are in its slot. Times are of one clock and 0 before they come: `admitted` when it took a
+    slot, `started` when its first token came."""
+
+    request: Request
+    submitted: float
+    admitted: float = 0.0
+    started: float = 0.0
+    num_read: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.request.prompt_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    def admit(self, num_cached: int, now: float) -> None:
+        """It has a slot, which holds the first `num_cached` tokens of its prompt already."""
+        self.num_read, self.admitted = num_cached, now
+        self.stats.prompt_tokens = len(self.prompt_ids)
+        self.stats.cached_tokens = num_cached
+        self.stats.queue_s = now - self.submitted
+
+    def start(self, now: float) -> None:
+        """Its prompt is in whole; the first token is there."""
+        self.started = now
+        self.stats.prefill_s = now - self.admitted
+
+    def take(self, tokens: Iterable[int], nodes: int, eos: Set[int]) -> list[int]:
+        """What one step gave: the tokens up to the first that ends the answer are kept and returned.
+
+        It ends with the end of sequence, where the caller says stop or fails, and at max_tokens.
+        """
+        kept: list[int] = []
+        for token in tokens:
+            kept.append(token)
+            self.token_ids.append(token)
+            if self._caller_stops(token):
+                self.finish_reason = "error" if self.error else "stop"
+            elif token in eos and not self.params.ignore_eos:
+                self.finish_reason = "stop"
+            elif len(self.token_ids) >= self.params.max_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason:
+                break
+        self.stats.tokens_per_step.append(len(kept))
+        self.stats.nodes_per_step.append(min(nodes, self.params.tree_nodes or nodes))
+        return kept
+
+    def complete(self, now: float) -> Completion:
+        """The finished answer."""
+        assert self.finish_reason is not None
+        self.stats.decode_s = now - self.started
+        return Completion(
+            request_id=self.request_id,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            stats=self.stats,
+            error=self.error,
+            logprobs=tuple(self.logprobs),
+        )
+
+    def _caller_stops(self, token: int) -> bool:
+        """The caller's word on a token. A caller that fails ends its own answer, never the step of the others."""
+        if self.request.on_token is None:
+            return False
+        try:
+            return self.request.on_token(token)
+        except Exception as error:
+            logger.exception("on_token of request %s failed", self.request_id)
+            self.error = f"on_token failed: {type(error).__name__}: {error}"
+            return True

@@ -1,0 +1,34 @@
+"""What a measurement was made of, as one key: where it has not changed, the measurement is not made again.
+
+Knows files and plain values; knows no stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def inputs_key(*parts: object) -> str:
+    """A key that two measurements share exactly when `parts` (plain values, Pydantic's JSON dumps) are equal."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Hash of a checkpoint's tensors: what calibration, which writes tree and card anew, leaves as it is."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> str:
+    """What times measured here depend on: the GPU, or else how many cores there are and what they can do."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
