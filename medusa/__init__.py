@@ -3,6 +3,7 @@
 from medusa.config import HeadsConfig, SamplingParams
 from medusa.errors import BackboneError, CheckpointError, MedusaError, PromptError
 from medusa.generate import Chunk, Generation, Model, load
+from medusa.grammar import Grammar
 from medusa.tree import Tree
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Generation",
+    "Grammar",
     "HeadsConfig",
     "MedusaError",
     "Model",

@@ -32,10 +32,10 @@ class Acceptance:
 def accept(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
     """tokens [B,N] (the root first), logits [B,N,V] of the verified nodes, position [B] of the root in its sequence.
 
-    Where rows ask for penalties or biases, their logits are edited in place first.
+    Where rows ask for penalties, biases or a grammar, their logits are edited in place first.
     """
-    if rows.edits is not None:
-        rows.edits.apply(logits, tokens, tree)
+    for edit in rows.edits:
+        edit.apply(logits, tokens, tree)
     if not rows.any_typical:
         return walk(tree, tokens, logits, rows, root_position)
     typical = accept_typical(tree, tokens, logits, rows, root_position)

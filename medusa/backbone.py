@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from medusa import attention
 from medusa.adapters import Adapters
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
+from medusa.grammar import GrammarVocabulary
 from medusa.heads import LmHead, LogitTransform, PartialLmHead
 from medusa.kv_cache import KVCache
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
@@ -112,6 +114,11 @@ class Backbone:
         for value in (getattr(source, "eos_token_id", None) for source in sources):
             found |= set(value) if isinstance(value, (list, tuple)) else {value}
         return frozenset(int(token) for token in found if token is not None)
+
+    @cached_property
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """The tokenizer as grammars read it; making it takes a second. Raises PromptError where it cannot serve them."""
+        return GrammarVocabulary.of(self.tokenizer, vocab_size=self.vocab_size, eos=self.eos_token_ids)
 
     @property
     def fingerprint(self) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal, get_args
 
+from medusa.grammar import Grammar
+
 Scheme = Literal["greedy", "typical", "rejection"]
 RootChoice = Literal["sample", "greedy"]
 LmHeads = Literal["shared", "own"]
@@ -83,7 +85,8 @@ class SamplingParams:
     `presence_penalty` and `frequency_penalty` (each in [−2, 2]) lower the logits of tokens generated so far, once and
     for each time; `logit_bias` is added to the logits of the token ids it names. Every acceptance scheme sees the logits
     so edited. `logprobs` asks for the log-probability of each token and of that many best alternatives (0 to 20; None
-    asks for nothing), all of the model's own distribution: at temperature 1 and before any edit.
+    asks for nothing), all of the model's own distribution: at temperature 1 and before any edit. With a `grammar` the
+    answer is a whole document of it, or a part where max_tokens or a stop cuts it short.
     """
 
     max_tokens: int = 256
@@ -102,6 +105,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=LogitBias)
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed", "choice"):
@@ -141,6 +145,13 @@ class SamplingParams:
             _require("logprobs", self.logprobs, Integral, "a whole number or None")
             if not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
                 raise ValueError(f"logprobs must lie in [0, {MAX_TOP_LOGPROBS}], got {self.logprobs}")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                raise ValueError(f"grammar must be a Grammar (Grammar.json_schema makes one), got {self.grammar!r}")
+            if self.ignore_eos:
+                raise ValueError(
+                    "a grammar ends the answer with the end of sequence; leave out ignore_eos, or the grammar"
+                )
 
     @property
     def scheme(self) -> Scheme:

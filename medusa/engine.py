@@ -14,6 +14,7 @@ from medusa.backbone import Backbone
 from medusa.config import SamplingParams
 from medusa.decoder import CHUNK_BUCKETS, Decoder, StepTokens
 from medusa.errors import PromptError
+from medusa.grammar_masks import Guide
 from medusa.heads import MedusaHeads
 from medusa.prefix_cache import PrefixCache
 from medusa.request import Completion, Delta, FinishReason, Phase, Request, Stats, StepRecord, check_request
@@ -107,7 +108,9 @@ class Engine:
         self.check(request)
         if request.request_id in self._schedule:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        self._schedule.waiting.append(Sequence(request=request, submitted=time.perf_counter()))
+        grammar = request.params.grammar
+        guide = Guide(grammar, self.backbone.grammar_vocabulary) if grammar else None
+        self._schedule.waiting.append(Sequence(request=request, submitted=time.perf_counter(), guide=guide))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request, waiting or running; its slot is free at once. False where it is not known (any more)."""
@@ -195,8 +198,7 @@ class Engine:
 
     def _start(self, first: int, sequences: list[Sequence]) -> list[Delta]:
         """The first tokens of sequences whose prompts are in, in the slots from `first` on."""
-        rows = SamplingRows.of([s.params for s in sequences], self.backbone.device)
-        first_tokens = self.decoder.start(first, rows)
+        first_tokens = self.decoder.start(first, self._sampling_rows(sequences))
         now = time.perf_counter()
         for slot, sequence in enumerate(sequences, start=first):
             sequence.start(now)
@@ -220,9 +222,7 @@ class Engine:
         num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
         params = [s.params for s in self._schedule.running]
         if self._rows is None:
-            idle = num_rows - live
-            emitted = [s.token_ids for s in self._schedule.running] + [[]] * idle
-            self._rows = SamplingRows.of(params + [_IDLE] * idle, self.backbone.device, emitted)
+            self._rows = self._sampling_rows(self._schedule.running, num_idle=num_rows - live)
         nodes = self._choose_nodes(num_rows, params)
         began = time.perf_counter()
         step = self.decoder.step(num_rows, self._rows, live=live, nodes=nodes)
@@ -234,6 +234,14 @@ class Engine:
         deltas = self._emit(0, step, nodes)
         self._record("decode", seconds, live, nodes, sum(len(delta.token_ids) for delta in deltas))
         return deltas
+
+    def _sampling_rows(self, sequences: list[Sequence], num_idle: int = 0) -> SamplingRows:
+        return SamplingRows.of(
+            [s.params for s in sequences] + [_IDLE] * num_idle,
+            self.backbone.device,
+            emitted=[s.token_ids for s in sequences] + [[]] * num_idle,
+            guides=[s.guide for s in sequences],
+        )
 
     def _choose_nodes(self, num_rows: int, params: list[SamplingParams]) -> int:
         """Nodes of the coming step: what the policy offers, no more than anyone may use; for typical acceptance, whose

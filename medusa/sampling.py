@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from medusa.config import SCHEMES, SamplingParams
+from medusa.grammar_masks import GrammarMasks, Guide
 from medusa.logit_edits import LogitEdits
 from medusa.logprobs import LogprobRows
 
@@ -28,7 +29,8 @@ GREEDY, TYPICAL, REJECTION = (SCHEMES.index(name) for name in ("greedy", "typica
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRows:
-    """The settings of B requests side by side, each field [B]; the flags say what no row needs."""
+    """The settings of B requests side by side, each field [B]; the flags say what no row needs. `edits` change logits
+    before a token is chosen, in this order."""
 
     scheme: Tensor
     temperature: Tensor
@@ -45,20 +47,27 @@ class SamplingRows:
     any_noise: bool
     any_filter: bool
     any_limit: bool
-    edits: LogitEdits | None
+    edits: tuple[LogitEdits | GrammarMasks, ...]
     logprobs: LogprobRows
 
     @classmethod
     def of(
-        cls, params: list[SamplingParams], device: torch.device, emitted: Sequence[Sequence[int]] | None = None
+        cls,
+        params: list[SamplingParams],
+        device: torch.device,
+        emitted: Sequence[Sequence[int]] | None = None,
+        guides: Sequence[Guide | None] = (),
     ) -> SamplingRows:
-        """`emitted` are the lists in which the requests' tokens are collected, read anew at each step; None: all empty."""
+        """`emitted` are the lists in which the requests' tokens are collected, read anew at each step (None: all empty),
+        `guides` the state of their grammars (empty: no request has one)."""
 
         def column(values: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         schemes = [p.scheme for p in params]
-        edits = LogitEdits.of(params, emitted or [()] * len(params), device)
+        emitted = emitted or [()] * len(params)
+        asked = LogitEdits.of(params, emitted, device), GrammarMasks.of(guides, emitted)
+        edits = tuple(edit for edit in asked if edit is not None)
         noisy = [p.scheme == "rejection" or (p.scheme == "typical" and p.root == "sample") for p in params]
         return cls(
             scheme=column([SCHEMES.index(s) for s in schemes], torch.long),
@@ -79,7 +88,7 @@ class SamplingRows:
             ),
             any_limit=any(p.tree_nodes is not None for p in params),
             edits=edits,
-            logprobs=LogprobRows.of(params, edits.rows if edits else ()),
+            logprobs=LogprobRows.of(params, [row for edit in edits for row in edit.rows]),
         )
 
 

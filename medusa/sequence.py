@@ -7,6 +7,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from medusa.config import SamplingParams
+from medusa.grammar_masks import Guide
 from medusa.logprobs import TokenLogprob
 from medusa.request import Completion, FinishReason, Request, Stats
 
@@ -16,10 +17,11 @@ logger = logging.getLogger(__name__)
 @dataclass(kw_only=True, eq=False)
 class Sequence:
     """`num_read` prompt tokens are in its slot. Times are of one clock and 0 before they come: `admitted` when it took a
-    slot, `started` when its first token came."""
+    slot, `started` when its first token came. `guide` is the state of its grammar, if it has one."""
 
     request: Request
     submitted: float
+    guide: Guide | None = None
     admitted: float = 0.0
     started: float = 0.0
     num_read: int = 0
@@ -56,7 +58,8 @@ class Sequence:
     def take(self, tokens: Iterable[int], nodes: int, eos: Set[int]) -> list[int]:
         """What one step gave: the tokens up to the first that ends the answer are kept and returned.
 
-        It ends with the end of sequence, where the caller says stop or fails, and at max_tokens.
+        It ends with the end of sequence, where the caller says stop or fails, at max_tokens, and where its grammar can
+        go no further.
         """
         kept: list[int] = []
         for token in tokens:
@@ -70,6 +73,8 @@ class Sequence:
                 self.finish_reason = "length"
             if self.finish_reason:
                 break
+        if self.guide is not None and self.guide.error:
+            self.finish_reason, self.error = "error", self.guide.error
         self.stats.tokens_per_step.append(len(kept))
         self.stats.nodes_per_step.append(min(nodes, self.params.tree_nodes or nodes))
         return kept

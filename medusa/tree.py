@@ -105,6 +105,14 @@ class Tree:
         return tuple(index[path[:-1]] if path else -1 for path in self.paths)
 
     @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Nodes right below each node [N]."""
+        return tuple(
+            tuple(node for node, parent in enumerate(self.parents) if parent == above)
+            for above in range(self.num_nodes)
+        )
+
+    @cached_property
     def leaves(self) -> tuple[int, ...]:
         """Nodes without children [P]."""
         inner = set(self.parents)
@@ -149,6 +157,7 @@ class Tree:
             ranks=torch.tensor([path[-1] if path else 0 for path in self.paths], device=device),
             node_paths=self.node_paths.to(device),
             ancestor_mask=self.ancestor_mask.to(device),
+            children=self.children,
             depth=self.depth,
             width=self.width,
             levels=tuple(
@@ -160,13 +169,17 @@ class Tree:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTree:
-    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`; `levels[d]` lists the nodes of depth d."""
+    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`; `levels[d]` lists the nodes of depth d.
+
+    `children` stays on the host: grammars walk the tree there.
+    """
 
     depths: Tensor
     parents: Tensor
     ranks: Tensor
     node_paths: Tensor
     ancestor_mask: Tensor
+    children: tuple[tuple[int, ...], ...]
     depth: int
     width: int
     levels: tuple[Tensor, ...]

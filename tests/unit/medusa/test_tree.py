@@ -67,6 +67,12 @@ def test_a_tree_deeper_than_the_heads_or_wider_than_the_vocabulary_is_refused_by
         Tree.from_paths([(11,)]).check_fits(num_heads=3, vocab_size=10)
 
 
+@given(trees())
+def test_children_are_the_nodes_whose_parent_a_node_is(tree: Tree) -> None:
+    found = {(above, node) for above, below in enumerate(tree.children) for node in below}
+    assert found == {(parent, node) for node, parent in enumerate(tree.parents) if node}
+
+
 def test_device_tables_repeat_the_tree() -> None:
     tree = Tree.from_paths([(0,), (1,), (0, 2)])
     tables = tree.on(torch.device("cpu"))
