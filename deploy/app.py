@@ -16,6 +16,7 @@ from deploy.api.replies import ChatReply, CompletionReply
 from deploy.api_keys import KeyRing, RequireKey
 from deploy.body_limit import BodyLimit
 from deploy.openapi import COMMON, GENERATION, STREAM, describe, refusals
+from deploy.pages import add_pages
 from deploy.refusals import answer_errors
 from deploy.request_log import HEADER, RequestLog
 from deploy.service import Service
@@ -36,6 +37,7 @@ def create_app(service: Service, settings: ServeSection | None = None, *, behind
     _add_generation(app, service, settings)
     _add_information(app, service)
     describe(app, with_keys=bool(keys))
+    add_pages(app, service.loop.metrics)
     return app
 
 

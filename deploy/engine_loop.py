@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deploy.metrics import FailureReason, Metrics, RequestMetrics
 from medusa.detokenize import TextStream
 from medusa.engine import Completion, Delta, Engine, Request
 from medusa.errors import MedusaError
@@ -92,6 +93,7 @@ class _Reader:
 
     request: Request
     lane: Lane
+    metrics: RequestMetrics
     text: TextStream
     events: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]
@@ -153,7 +155,8 @@ class EngineLoop:
     """Owns the engines' thread. `make_engine` is called at once, and again after a step failed: its state is then unknown.
 
     At most `max_batch_size + max_waiting` requests are in flight, and none is taken that would wait longer than
-    `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once.
+    `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once. `metrics` is
+    told of every request and of the load.
     """
 
     def __init__(
@@ -164,9 +167,11 @@ class EngineLoop:
         max_waiting: int = 64,
         max_wait_s: float = math.inf,
         stall_after_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         self.max_waiting = max_waiting
         self.max_wait_s = max_wait_s
+        self.metrics = metrics or Metrics()
         self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
         self._lanes = [self._current]  # the engine's thread: those that are stepped
         self._stall_after_s = stall_after_s
@@ -176,7 +181,7 @@ class EngineLoop:
         self._draining = False
         self._stopping = False
         self._ended = "the engine loop is not running"
-        self._step_began: float | None = None
+        self._awake_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
 
     # For any thread
@@ -198,7 +203,7 @@ class EngineLoop:
         """Take no more requests, for good; True once none is in flight, False when some still are after `timeout_s`."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._readers and time.monotonic() < deadline:
+        while self._readers and not self._stopping and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
         return not self._readers
 
@@ -233,11 +238,11 @@ class EngineLoop:
         )
 
     def check_health(self) -> None:
-        """Raises EngineUnavailable unless the thread lives and its current step began recently.
+        """Raises EngineUnavailable unless the thread lives and is idle or began its current round recently.
 
         A loop that is found stuck is given up: its readers hear so now, and it takes no more requests.
         """
-        began = self._step_began
+        began = self._awake_since
         if not self._stopping and began is not None and time.monotonic() - began > self._stall_after_s:
             self._stopping = True
             self._ended = f"the engine has been in one step for more than {self._stall_after_s:g} s"
@@ -261,6 +266,7 @@ class EngineLoop:
         reader = _Reader(
             request=request,
             lane=lane,
+            metrics=self.metrics.arrival(),
             text=TextStream(lane.tokenizer, stop),
             events=asyncio.get_running_loop(),
             pieces=asyncio.Queue(),
@@ -296,10 +302,13 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._take_orders()
+                self._awake_since = time.monotonic()
                 for lane in list(self._lanes):  # in turn: an old engine's requests are as good as a new one's
                     if lane.engine.has_work and not self._stopping:
                         self._step(lane)
                 self._retire()
+                load = self.load
+                self.metrics.load(running=load.running, waiting=load.waiting, slots=load.slots)
         finally:
             self._stopping = True
             self._end_all(self._readers, EngineUnavailable("the server is shutting down"))
@@ -307,7 +316,10 @@ class EngineLoop:
     def _take_orders(self) -> None:
         """Carry out what was ordered; with nothing to decode, sleep until something is."""
         if not any(lane.engine.has_work for lane in self._lanes):
-            self._orders.get()()
+            self._awake_since = None
+            order = self._orders.get()
+            self._awake_since = time.monotonic()
+            order()
         while True:
             try:
                 order = self._orders.get_nowait()
@@ -322,7 +334,6 @@ class EngineLoop:
             self._lanes = [lane for lane in self._lanes if lane is not current and lane.engine.has_work] + [current]
 
     def _step(self, lane: Lane) -> None:
-        self._step_began = time.monotonic()
         try:
             deltas = lane.engine.step()
         except Exception:
@@ -332,8 +343,6 @@ class EngineLoop:
             for delta in deltas:
                 self._deliver(delta)
             lane.failed_steps = 0
-        finally:
-            self._step_began = None
 
     def _recover(self, lane: Lane) -> None:
         """The requests of a failed step fail; a fresh engine serves the next. Step after step failing ends the loop."""
@@ -353,7 +362,7 @@ class EngineLoop:
         try:
             reader.lane.engine.submit(replace(reader.request, on_token=reader.see))
         except (MedusaError, ValueError) as error:
-            self._cancel(reader)
+            self._cancel(reader, "invalid")
             reader.send(error)
             return
         if reader.lane not in self._lanes:
@@ -364,9 +373,10 @@ class EngineLoop:
         if reader is None:
             return
         if reader.failure is not None:
-            self._cancel(reader)
+            self._cancel(reader, "engine")
             reader.send(EngineUnavailable("the text of this answer could not be decoded"))
             return
+        reader.metrics.output(delta)
         text = reader.text.take()
         if delta.completion is not None:
             text += reader.text.finish()
@@ -374,7 +384,7 @@ class EngineLoop:
             self._learn(delta.completion)
         piece = Piece(text=text, token_ids=tuple(delta.token_ids), logprobs=delta.logprobs, completion=delta.completion)
         if not reader.send(piece):
-            self._cancel(reader)
+            self._cancel(reader, "slow_reader")
             reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
 
     def _learn(self, completion: Completion) -> None:
@@ -382,9 +392,10 @@ class EngineLoop:
         took_s = completion.stats.prefill_s + completion.stats.decode_s
         self._answer_s += (took_s - self._answer_s) * (MEAN_WEIGHT if self._answer_s else 1.0)
 
-    def _cancel(self, reader: _Reader) -> None:
+    def _cancel(self, reader: _Reader, reason: FailureReason = "cancelled") -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""
         if self._forget(reader):
+            reader.metrics.failure(reason)
             reader.lane.engine.cancel(reader.request.request_id)
 
     def _forget(self, reader: _Reader) -> bool:
@@ -396,6 +407,7 @@ class EngineLoop:
         """Tell these readers; the engine, which may be broken, is not touched."""
         for reader in list(readers.values()):
             if self._forget(reader):
+                reader.metrics.failure("engine")
                 reader.send(error)
 
     def _stop(self) -> None:

@@ -1,33 +1,55 @@
-"""What a replica serves: the champion's heads on the configured backbone, an engine loop over them. Knows no Ray, no HTTP."""
+"""What a replica holds: a model behind an engine loop, and the app in front of it. Knows no Ray.
+
+A version is served through an app of its own. So a request that has begun keeps everything of its version to the end:
+the tokenizer that wrote its prompt, the engine that answers it, the fingerprint that its client is told.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import medusa
+from deploy.champion import Follower, RegistrySource, has_registry
 from deploy.engine_loop import EngineLoop
+from deploy.engines import EngineMaker
+from deploy.metrics import Metrics
+from deploy.outlets import Outlet
 from deploy.service import Service
-from medusa.engine import Engine
+from medusa.checkpoint import load_checkpoint
 from medusa.errors import CheckpointError
 from medusa.generate import Model
 from medusa.pretrained import pretrained_heads
-from pipelines.config import Config
-from pipelines.errors import NoSuchAlias
+from pipelines.config import BackboneSection, Config, ServeSection
+from pipelines.errors import ConfigError, NoSuchAlias
 from pipelines.models import use_threads
-from pipelines.registry import resolve
+from pipelines.registry import Version, resolve
 
 logger = logging.getLogger(__name__)
+
+MakeApp = Callable[[Service, ServeSection], ASGIApp]
+_OF_THE_PROXY = ("host", "port")
+_OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "adaptive_tree")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOrigin:
-    """Which heads are served: what `medusa.load` takes, and a word for it that clients see in `system_fingerprint`."""
+    """Which heads are served: what `medusa.load` takes, and a word for it that clients see in `system_fingerprint`.
+
+    `version` is their number in the registry, None for heads that are not from there.
+    """
 
     heads: str | None
     label: str
+    version: int | None = None
 
 
 def choose_heads(config: Config) -> HeadsOrigin:
@@ -35,13 +57,11 @@ def choose_heads(config: Config) -> HeadsOrigin:
 
     A registry or a version that is there but out of reach is an error, not a reason to serve something else.
     """
-    if config.registry.tracking_uri is not None or config.layout.tracking_db.is_file():
+    if has_registry(config):
         try:
-            version = resolve(config)
+            return _origin(resolve(config), config.serve.alias)
         except NoSuchAlias as error:
             logger.warning("%s; until then the default heads are served", error)
-        else:
-            return HeadsOrigin(heads=str(version.folder), label=f"{config.serve.alias}-v{version.number}")
     else:
         logger.warning("no registry at %s: the default heads are served", config.layout.tracking_db)
     try:
@@ -52,29 +72,151 @@ def choose_heads(config: Config) -> HeadsOrigin:
     return HeadsOrigin(heads="default", label="default")
 
 
-def load_service(config: Config) -> Service:
-    """A service whose loop has not been started. Raises BackboneError, CheckpointError, ValueError; registry errors."""
-    use_threads(len(os.sched_getaffinity(0)), processes=1)
-    origin = choose_heads(config)
-    backbone = config.backbone
-    model = medusa.load(backbone.name, heads=origin.heads, dtype=backbone.dtype, device=backbone.device)
-    logger.info("serving %s with heads %s, a tree of %d nodes", backbone.name, origin.label, model.tree.num_nodes)
-    return service_of(
-        model,
-        name=Path(backbone.name).name,
-        label=origin.label,
-        max_batch_size=config.serve.max_batch_size,
-        context_length=min(config.serve.context_length, model.backbone.max_context),
-    )
+def _origin(version: Version, alias: str) -> HeadsOrigin:
+    return HeadsOrigin(heads=str(version.folder), label=f"{alias}-v{version.number}", version=version.number)
 
 
-def service_of(model: Model, *, name: str, label: str, max_batch_size: int, context_length: int) -> Service:
-    """The service over a loaded model."""
+def load_model(backbone: BackboneSection, heads: str | None) -> Model:
+    """Raises BackboneError, CheckpointError, ValueError."""
+    return medusa.load(backbone.name, heads=heads, dtype=backbone.dtype, device=backbone.device)
 
-    def make_engine() -> Engine:
-        return Engine(
-            model.backbone, model.heads, tree=model.tree, max_batch_size=max_batch_size, context_length=context_length
+
+def successor(model: Model, backbone: BackboneSection, heads: Path) -> Model:
+    """The model with other heads, made while `model` goes on serving; it shares `model`'s backbone where that is the same.
+
+    A tuned backbone (MEDUSA-2), before or after, means a second one in memory until the first has answered its last.
+    Raises CheckpointError where the heads do not fit the backbone.
+    """
+    checkpoint = load_checkpoint(heads, backbone=model.backbone)
+    tuned = model.checkpoint is not None and model.checkpoint.adapters is not None
+    if tuned or checkpoint.adapters is not None:
+        return load_model(backbone, str(heads))
+    return Model(model.backbone, checkpoint.heads, checkpoint)
+
+
+class ModelHost:
+    """One model, its loop and its app; follows `serve.alias`. The methods may be called from any thread."""
+
+    def __init__(self, config: Config, make_app: MakeApp, *, outlets: Sequence[Outlet] = ()) -> None:
+        """Load and start. `outlets` get the metrics beside `/metrics`. Raises BackboneError, CheckpointError, ValueError;
+        registry errors."""
+        use_threads(len(os.sched_getaffinity(0)), processes=1)
+        self._config = config
+        self._settings = config.serve
+        self._make_app = make_app
+        self._name = Path(config.backbone.name).name
+        self._metrics = Metrics(self._name, outlets=outlets)
+        self._maker: EngineMaker | None = None
+        self._changing = threading.Lock()
+        self._origin = choose_heads(config)
+        self._model = load_model(config.backbone, self._origin.heads)
+        self.loop = EngineLoop(
+            self._new_maker(),
+            self._model.backbone.tokenizer,
+            stall_after_s=config.serve.stall_after_s,
+            metrics=self._metrics,
         )
+        self.app = NewestApp(self._front())
+        self._follower = self._follow()
+        self.loop.start()
 
-    loop = EngineLoop(make_engine, model.backbone.tokenizer)
-    return Service(name=name, model=model, loop=loop, fingerprint=f"fp_{model.backbone.fingerprint}_{label}")
+    @property
+    def version(self) -> str:
+        """What new requests are answered with."""
+        return self._origin.label
+
+    def status(self) -> dict[str, str]:
+        """What `/health` says beside that all is well: the version, and why it is not the one that it should be."""
+        problem = self._follower.problem
+        return {"version": self.version} | ({"champion_error": problem} if problem else {})
+
+    def adopt(self, version: Version) -> None:
+        """Serve a fetched version to new requests; those that run end on the one that they began with."""
+        assert version.folder is not None
+        model = successor(self._model, self._config.backbone, version.folder)
+        with self._changing:
+            before, self._model = self._model, model
+            try:
+                self.loop.switch(self._new_maker(), model.backbone.tokenizer)
+            except BaseException:
+                self._model = before
+                raise
+            self._origin = _origin(version, self._settings.alias)
+            self.app.newest = self._front()
+
+    def reconfigure(self, given: Mapping[str, Any]) -> None:
+        """Lay `given`, keys of the section `serve`, over the configuration; what they do not change goes on as it is.
+
+        Another alias has been looked up when this returns. Raises ConfigError for keys or values that cannot be.
+        """
+        settings = overlaid(self._config.serve, given)
+        with self._changing:
+            before, self._settings = self._settings, settings
+            if any(getattr(before, name) != getattr(settings, name) for name in _OF_THE_ENGINE):
+                self.loop.switch(self._new_maker(), self._model.backbone.tokenizer)
+            self.app.newest = self._front()
+            if (before.alias, before.follow_s) != (settings.alias, settings.follow_s):
+                self._follower.stop()
+                self._follower = self._follow()
+        if before.alias != settings.alias:
+            self._follower.look()
+
+    def stop(self) -> None:
+        self._follower.stop()
+        self.loop.stop()
+
+    def _new_maker(self) -> EngineMaker:
+        """Of engines for the model and the settings as they are now."""
+        costs = None if self._maker is None else self._maker.costs
+        self._maker = EngineMaker(self._model, self._settings, costs=costs, on_step=self._metrics.step)
+        return self._maker
+
+    def _front(self) -> ASGIApp:
+        """An app over the model as it is now, its limits set."""
+        settings = self._settings
+        self.loop.max_waiting, self.loop.max_wait_s = settings.max_waiting, settings.max_wait_s
+        service = Service(
+            name=self._name,
+            model=self._model,
+            loop=self.loop,
+            lane=self.loop.lane,
+            fingerprint=f"fp_{self._model.backbone.fingerprint}_{self._origin.label}",
+            status=self.status,
+        )
+        self._metrics.serving(self.version)
+        logger.info(
+            "serving %s with heads %s, a tree of %d nodes", service.name, self.version, self._model.tree.num_nodes
+        )
+        return self._make_app(service, settings)
+
+    def _follow(self) -> Follower:
+        source = RegistrySource(self._config, self._settings.alias)
+        return Follower(source, self.adopt, serving=self._origin.version, every_s=self._settings.follow_s).start()
+
+
+class NewestApp:
+    """ASGI: each request goes to the newest app, and stays with it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.newest = app
+
+    @property
+    def routes(self) -> Any:
+        """Where Ray Serve reads the names of routes for its metrics."""
+        return getattr(self.newest, "routes", [])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.newest(scope, receive, send)
+
+
+def overlaid(section: ServeSection, given: Mapping[str, Any]) -> ServeSection:
+    """`section` with some of its keys set anew. ConfigError names what cannot be set, or not in a running replica."""
+    fixed = sorted(set(given) & set(_OF_THE_PROXY))
+    if fixed:
+        raise ConfigError(f"user_config cannot set serve.{fixed[0]}: the proxy listens, set it in http_options")
+    try:
+        return ServeSection.model_validate(section.model_dump() | dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"user_config: serve.{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None

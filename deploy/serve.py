@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -14,25 +15,34 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+from starlette.types import ASGIApp
 
 from deploy.app import create_app
-from deploy.replica import load_service
+from deploy.autoscaling import RUNNING, SLOTS, WAITING
+from deploy.outlets import RayOutlet
+from deploy.replica import ModelHost
+from deploy.service import Service
 from medusa.errors import MedusaError
 from pipelines.cluster import ray_session
-from pipelines.config import Config
+from pipelines.config import Config, ServeSection
 
 logger = logging.getLogger(__name__)
 
-APPLICATION = "medusa"
-AUTOSCALING = {
+APPLICATION, DEPLOYMENT = "medusa", "replica"
+AUTOSCALING: dict[str, Any] = {
     "min_replicas": 1,
     "max_replicas": 4,
-    "target_ongoing_requests": 6,  # of a batch of 8: grow before requests wait
     "upscale_delay_s": 10,
     "downscale_delay_s": 120,
+    "policy": {
+        "policy_function": "deploy.autoscaling:SlotUsePolicy",
+        "policy_kwargs": {"target_use": 0.75, "low_use": 0.5},
+    },
 }
 
 
@@ -42,11 +52,10 @@ class ServeError(MedusaError):
 
 # Admission is the engine loop's, so that a refusal is an OpenAI error object; Serve's own plain-text limit lies behind it.
 @serve.deployment(
-    name="replica",
+    name=DEPLOYMENT,
     autoscaling_config=AUTOSCALING,
     max_ongoing_requests=256,
     max_queued_requests=256,
-    graceful_shutdown_timeout_s=60,
     graceful_shutdown_wait_loop_s=0.5,
     health_check_period_s=5,
     health_check_timeout_s=15,
@@ -55,33 +64,56 @@ class ServeError(MedusaError):
 )
 @serve.ingress()
 class Replica:
-    """Loads the champion, decodes in a thread of its own, answers over HTTP in the same process."""
+    """Loads the champion and follows it, decodes in a thread of its own, answers over HTTP in the same process."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         for package in ("medusa", "pipelines", "deploy"):
             logging.getLogger(package).setLevel(logging.INFO)
             logging.getLogger(package).handlers = logging.getLogger("ray.serve").handlers
-        settings = Config.model_validate(config)
-        self._settings = settings.serve
-        self._service = load_service(settings)
-        self._service.loop.start()
+        self._host = ModelHost(Config.model_validate(config), _make_app, outlets=[RayOutlet()])
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._settings, behind_proxy=True)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._host.app
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """`user_config` of the deployment: keys of the section `serve`, changed without a new replica."""
+        await asyncio.to_thread(self._host.reconfigure, user_config)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        self._service.loop.check_health()
+        self._host.loop.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deploy.autoscaling` decides on."""
+        load = self._host.loop.load
+        return {RUNNING: load.running, WAITING: load.waiting, SLOTS: load.slots}
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests; True when those that run have ended, False when `timeout_s` was not enough.
+
+        Only for a replica that has no successor: where it has, Serve stops sending it requests and waits by itself.
+        """
+        return await asyncio.to_thread(self._host.loop.drain, timeout_s)
 
     def __del__(self) -> None:
-        service = getattr(self, "_service", None)
-        if service is not None:
-            service.loop.stop()
+        host = getattr(self, "_host", None)
+        if host is not None:
+            host.stop()
+
+
+def _make_app(service: Service, settings: ServeSection) -> FastAPI:
+    return create_app(service, settings, behind_proxy=True)
 
 
 def build(args: dict[str, Any]) -> Application:
     """The application of a Serve config file; `args` is the tree that a YAML configuration holds."""
-    return Replica.bind(Config.model_validate(args).model_dump(mode="json"))  # type: ignore[attr-defined]
+    return application(Config.model_validate(args))
+
+
+def application(config: Config, **options: Any) -> Application:
+    """A replica's deployment over `config`; `options` are Ray Serve's, over those that stand above."""
+    options = {"graceful_shutdown_timeout_s": config.serve.drain_s} | options
+    return Replica.options(**options).bind(config.model_dump(mode="json"))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -89,7 +121,8 @@ def serving(config: Config) -> Iterator[str]:
     """Serve on this machine for the time of the block; yields the base URL once the model answers.
 
     Starts Ray unless it runs, takes one replica (a second would compete for the same cores), and stops what it
-    started, whatever ends the block. `serve.port` 0 takes a free one. Raises ServeError.
+    started, whatever ends the block: answers under way are finished first, for up to `serve.drain_s`, while new requests
+    get 503; another Ctrl-C cuts them off. `serve.port` 0 takes a free one. Raises ServeError.
     """
     host, port = config.serve.host, _free_port(config.serve.host, config.serve.port)
     with ray_session(config), sigterm_interrupts():
@@ -97,20 +130,35 @@ def serving(config: Config) -> Iterator[str]:
             http_options={"host": host, "port": port}, proxy_location="HeadOnly", logging_config=_quiet_logging()
         )
         try:
-            replica = Replica.options(autoscaling_config=None, num_replicas=1)  # type: ignore[attr-defined]
-            application = replica.bind(config.model_dump(mode="json"))
+            single = application(config, autoscaling_config=None, num_replicas=1)
             try:
-                serve.run(application, name=APPLICATION, route_prefix="/", logging_config=_quiet_logging())
+                serve.run(single, name=APPLICATION, route_prefix="/", logging_config=_quiet_logging())
             except RuntimeError as error:
                 raise ServeError(f"no replica came up: {_cause()}") from error
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            try:
+                yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            finally:
+                _finish_answers(config.serve.drain_s)
         finally:
             with _uninterrupted():
                 serve.shutdown()
 
 
+def _finish_answers(timeout_s: float) -> None:
+    """Return when the one replica is idle and gone. `serve.shutdown` would end the proxy first, and so cut streams."""
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            replica = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+            if not replica.drain.remote(timeout_s).result(timeout_s=timeout_s + 10):
+                logger.warning("answers were still under way after %g s and are cut off", timeout_s)
+                return
+            serve.delete(APPLICATION)  # waits until the last bytes of the last answer have left
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            logger.warning("the replica could not finish its answers: %s", str(error).splitlines()[0])
+
+
 def run(config: Config) -> None:
-    """Serve until Ctrl-C or SIGTERM, then stop cleanly."""
+    """Serve until Ctrl-C or SIGTERM, then finish the answers under way and stop cleanly."""
     try:
         with serving(config) as url:
             logger.info("ready: %s/v1; Ctrl-C stops", url)
@@ -167,7 +215,7 @@ def _quiet_logging() -> dict[str, Any]:
 
 def _cause() -> str:
     """The replica's own error: the last line of Serve's report of it that names an exception."""
-    report = serve.status().applications[APPLICATION].deployments["replica"].message
+    report = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
     return (named or lines or ["Serve does not say why"])[-1]

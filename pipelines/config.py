@@ -330,6 +330,12 @@ class RunSection(Section):
 class ServeSection(Section):
     """What serving needs to know; the serving layer reads it, this layer only carries it.
 
+    A replica follows `alias`: every `follow_s` seconds it looks who bears it (0: never) and serves that. Beside the
+    `max_batch_size` requests that run, `max_waiting` may wait, none of them longer than about `max_wait_s`; others are
+    refused with 429 at once. A replica whose engine takes `stall_after_s` over one step is replaced. One that stops gives
+    its running requests `drain_s` to end. `prefix_cache_tokens` of earlier prompts and answers are kept for prompts that
+    begin alike (0: none). With `adaptive_tree`, trees shrink as more requests run, where that is faster; answers of typical
+    acceptance, which depend on their tree, keep it.
     `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
     most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
     `max_body_bytes`. Where there are API keys, clients must send one: `api_keys` are their SHA-256 hashes, as
@@ -342,6 +348,13 @@ class ServeSection(Section):
     max_batch_size: PositiveInt = 8
     context_length: PositiveInt = 2048
     alias: str = "champion"
+    follow_s: Annotated[float, Field(ge=0)] = 30.0
+    max_waiting: NonNegativeInt = 64
+    max_wait_s: PositiveFloat = 120.0
+    stall_after_s: PositiveFloat = 60.0
+    drain_s: PositiveFloat = 120.0
+    prefix_cache_tokens: NonNegativeInt = 4096
+    adaptive_tree: bool = True
     acceptance: Literal["typical", "rejection"] = "typical"
     epsilon: Threshold = DEFAULT_EPSILON
     delta: Threshold = DEFAULT_DELTA

@@ -24,6 +24,7 @@ from medusa import Model
 from medusa.checkpoint import save_checkpoint
 from pipelines.config import Config, load_config
 from pipelines.registry import CHAMPION, VERSION_FOLDER, open_registry
+from tests.tiny_models import save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,11 +137,27 @@ def test_a_client_that_leaves_does_not_hold_its_slot(url: str, client: openai.Op
 
 
 @contextlib.contextmanager
-def serve_command(config: Config, port: int) -> Iterator[subprocess.Popen[str]]:
-    overrides = [f"workdir={config.workdir}", f"backbone.name={config.backbone.name}", "backbone.dtype=float32"]
-    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port), *overrides, "serve.context_length=256"]
+def serve_command(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A tiny model with room for long answers, in a process group of its own, as a terminal starts it."""
+    backbone = save_tiny_folder(folder / "llama", max_position_embeddings=4096)
+    overrides = [f"workdir={folder}", f"backbone.name={backbone}", "backbone.dtype=float32"]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.cli",
+        "serve",
+        "--port",
+        str(port),
+        *overrides,
+        "serve.context_length=4000",
+    ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
     try:
         yield process
@@ -150,27 +167,37 @@ def serve_command(config: Config, port: int) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_the_command_is_ready_when_health_says_so_and_stops_cleanly(config: Config) -> None:
+def test_the_command_is_ready_when_health_says_so_and_finishes_its_answers(tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group: whatever of Ray heeded it would cut the stream."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with serve_command(config, port) as process:
+    url = f"http://127.0.0.1:{port}"
+    with serve_command(tmp_path, port) as process:
         deadline = time.monotonic() + 90
         while True:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "not ready in 90 s"
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                if httpx.get(f"{url}/health").status_code == 200:
                     break
             time.sleep(0.5)
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=ask("Hello"), timeout=60)
-        assert answer.status_code == 200
-        process.send_signal(signal.SIGTERM)
+        asked = {**ask("Hello"), "max_tokens": 2500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.killpg(process.pid, signal.SIGINT)
+            while (late := httpx.post(f"{url}/v1/chat/completions", json=ask("Hello"), timeout=60)).status_code == 200:
+                pass
+            events = list(lines)
+        assert events[-1] == "data: [DONE]"
+        assert late.status_code == 503
+        assert late.json()["error"]["type"] == "service_unavailable_error"
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
+        httpx.get(f"{url}/health")
 
 
 def test_a_replica_that_cannot_load_is_one_line(config: Config) -> None:

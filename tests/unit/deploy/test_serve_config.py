@@ -1,51 +1,85 @@
-"""deploy/serve.yaml says what Ray Serve and the replica understand, and nothing that the code says differently."""
+"""The Serve configurations say what Ray Serve and the replica understand, and nothing that the code says differently."""
 
 from __future__ import annotations
 
 import importlib
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deploy import serve
+from deploy.replica import overlaid
 from medusa.errors import MedusaError
 from pipelines.config import Config, load_config
 
-FILE = Path(serve.__file__).parent / "serve.yaml"
+FOLDER = Path(serve.__file__).parent
+FILES = sorted(FOLDER.glob("serve*.yaml"))
 
 
 @pytest.fixture
-def tree() -> dict[str, Any]:
-    return yaml.safe_load(FILE.read_text())
+def deployment() -> dict[str, Any]:
+    """Of the one-model configuration."""
+    (application,) = yaml.safe_load((FOLDER / "serve.yaml").read_text())["applications"]
+    (written,) = application["deployments"]
+    return written
 
 
-def test_it_parses_with_rays_own_schema(tree: dict[str, Any]) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_application_parses_with_rays_own_schema_and_ours(file: Path) -> None:
+    tree = yaml.safe_load(file.read_text())
     schema = ServeDeploySchema.model_validate(tree)
-    module, _, name = schema.applications[0].import_path.partition(":")
-    assert getattr(importlib.import_module(module), name) is serve.build
-    Config.model_validate(schema.applications[0].args)
+    for application, written in zip(schema.applications, tree["applications"], strict=True):
+        module, _, name = application.import_path.partition(":")
+        assert getattr(importlib.import_module(module), name) is serve.build
+        assert serve.build(application.args)._bound_deployment.name == application.deployments[0].name
+        config = Config.model_validate(application.args)
+        overlaid(config.serve, written["deployments"][0].get("user_config", {}))
 
 
-def test_its_deployment_exists_and_agrees_with_the_codes_defaults(tree: dict[str, Any]) -> None:
-    (written,) = tree["applications"][0]["deployments"]
-    assert written.pop("name") == serve.Replica.name
-    assert written.pop("autoscaling_config") == serve.AUTOSCALING
+def test_several_models_share_no_name_no_route_and_no_champion() -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load((FOLDER / "serve-two-models.yaml").read_text()))
+    configs = [Config.model_validate(application.args) for application in schema.applications]
+    assert len(configs) > 1
+    for values in (
+        [application.name for application in schema.applications],
+        [application.route_prefix for application in schema.applications],
+        [config.registry.model_name for config in configs],
+    ):
+        assert len(set(values)) == len(values)
+
+
+def test_the_deployment_exists_and_agrees_with_the_codes_defaults(deployment: dict[str, Any]) -> None:
+    assert deployment.pop("name") == serve.Replica.name
+    assert deployment.pop("autoscaling_config") == serve.AUTOSCALING
+    assert deployment.pop("ray_actor_options") == {"num_cpus": 1}
+    user_config = deployment.pop("user_config")
+    defaults = load_config(None).serve
+    assert overlaid(defaults, user_config) == defaults
     config = serve.Replica._deployment_config
-    assert written.pop("ray_actor_options") == {"num_cpus": 1}
-    assert written == {name: getattr(config, name) for name in written}
+    assert deployment == {name: getattr(config, name) for name in deployment}
+
+
+def test_a_replica_may_take_as_long_to_leave_as_its_answers_to_end() -> None:
+    application = serve.build({"serve": {"drain_s": 77}})
+    assert application._bound_deployment._deployment_config.graceful_shutdown_timeout_s == 77
+
+
+def test_scaling_is_decided_by_our_policy() -> None:
+    assert AutoscalingConfig(**serve.AUTOSCALING).policy.policy_function == "deploy.autoscaling:SlotUsePolicy"
 
 
 def test_serves_admission_lies_behind_the_engines() -> None:
     """Else clients would see Serve's plain-text refusals."""
-    assert serve.Replica.max_ongoing_requests > load_config(None).serve.max_batch_size + 64
+    defaults = load_config(None).serve
+    assert serve.Replica.max_ongoing_requests > defaults.max_batch_size + defaults.max_waiting
 
 
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = load_config(None, [f"serve.port={port}"])

@@ -1,0 +1,93 @@
+"""Serving's engine keeps prefixes and shrinks its tree under load; step times are measured once and handed on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deploy import engines
+from deploy.engines import EngineMaker
+from medusa import Model, SamplingParams
+from medusa.checkpoint import Checkpoint
+from medusa.engine import Request
+from medusa.tree_policy import StepCosts
+from pipelines.config import ServeSection
+
+SETTINGS = ServeSection(max_batch_size=4, context_length=256, prefix_cache_tokens=128)
+ACCURACY = [[0.9, 0.05], [0.8, 0.05], [0.7, 0.05]]
+
+
+@pytest.fixture(scope="session")
+def measured(model: Model) -> Model:
+    """Heads whose accuracy is known: by it, a chain is worth its while at small batches."""
+    assert model.heads is not None
+    checkpoint = Checkpoint(
+        heads=model.heads,
+        paths=[(0,), (0, 0), (0, 0, 0)],
+        backbone_name=model.backbone.name,
+        backbone_fingerprint=model.backbone.fingerprint,
+        accuracy=ACCURACY,
+    )
+    return Model(model.backbone, model.heads, checkpoint)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a measurement, which gives times that double with the nodes from 4 running requests on."""
+    calls: list[int] = []
+
+    def measure(decoder: object, expected: dict[int, float]) -> StepCosts:
+        calls.append(len(expected))
+        return StepCosts(
+            seconds={batch: {n: 1.0 + (n - 1) * (1.0 if batch == 4 else 0.1) for n in expected} for batch in (1, 2, 4)}
+        )
+
+    monkeypatch.setattr(engines, "measure_step_costs", measure)
+    return calls
+
+
+def test_the_tree_gives_way_to_load(measured: Model, count: list[int]) -> None:
+    engine = EngineMaker(measured, SETTINGS)()
+    assert engine.policy is not None
+    assert engine.policy.choose(1) == 4
+    assert engine.policy.choose(4) == 1
+    assert count == [3]
+
+
+def test_a_remade_engine_and_the_next_version_are_not_measured_again(measured: Model, count: list[int]) -> None:
+    maker = EngineMaker(measured, SETTINGS)
+    first, again = maker(), maker()
+    assert again.policy is first.policy
+    assert EngineMaker(measured, SETTINGS, costs=maker.costs)().policy is not None
+    assert len(count) == 1
+
+
+def test_what_was_not_measured_is(measured: Model, count: list[int]) -> None:
+    maker = EngineMaker(measured, SETTINGS)
+    maker()
+    EngineMaker(measured, SETTINGS.model_copy(update={"max_batch_size": 8}), costs=maker.costs)()
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize("why", ["switched off", "unmeasured heads", "no heads"])
+def test_without_reason_to_shrink_nothing_is_measured(measured: Model, count: list[int], why: str) -> None:
+    settings, model = SETTINGS, measured
+    if why == "switched off":
+        settings = settings.model_copy(update={"adaptive_tree": False})
+    elif why == "unmeasured heads":
+        assert measured.checkpoint is not None
+        model = Model(measured.backbone, measured.heads, replace(measured.checkpoint, accuracy=None))
+    else:
+        model = Model(measured.backbone, None)
+    assert EngineMaker(model, settings)().policy is None
+    assert count == []
+
+
+def test_prefixes_are_kept(measured: Model, count: list[int]) -> None:
+    prompt = measured.encode("A system prompt that is shared by all of these requests, long enough for a block or two.")
+    engine = EngineMaker(measured, SETTINGS)()
+    asked = [Request(prompt_ids=prompt, params=SamplingParams(max_tokens=4), request_id=str(i)) for i in range(2)]
+    stats = [next(iter(engine.run([each]))).stats for each in asked]
+    assert stats[0].cached_tokens == 0
+    assert stats[1].cached_tokens > 0

@@ -1,0 +1,260 @@
+"""A replica's contents without Ray: a new version is served beside the old, answers of each its own to the last token."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+import medusa
+from deploy.app import create_app
+from deploy.replica import ModelHost, successor
+from deploy.service import Service
+from medusa import Model
+from medusa.adapters import Adapters
+from medusa.checkpoint import WEIGHTS, save_checkpoint
+from medusa.errors import CheckpointError
+from pipelines.config import Config, ServeSection, load_config
+from pipelines.errors import ConfigError
+from pipelines.registry import CHAMPION, VERSION_FOLDER, Version, open_registry
+from tests.unit.deploy.conftest import http_server, wait_until
+from tests.unit.medusa.tiny import random_heads
+
+ASK = {"model": "llama", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 24}
+
+
+def adapters_of(model: Model) -> Adapters:
+    """LoRA that changes what the backbone says."""
+    name = "model.layers.1.mlp.down_proj"
+    outputs, inputs = model.backbone.model.get_parameter(f"{name}.weight").shape
+    generator = torch.Generator().manual_seed(3)
+    return Adapters(
+        kind="lora",
+        tensors={
+            f"{name}.lora_A.weight": torch.randn(2, inputs, generator=generator),
+            f"{name}.lora_B.weight": torch.randn(outputs, 2, generator=generator),
+        },
+        rank=2,
+        alpha=4.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def save_heads(model: Model) -> Callable[..., Path]:
+    def save(folder: Path, *, seed: int = 1, tuned: bool = False) -> Path:
+        return save_checkpoint(
+            folder,
+            random_heads(model.backbone, seed=seed),
+            paths=[(0,), (1,), (0, 0), (0, 1)],
+            backbone_name=model.backbone.name,
+            backbone_fingerprint=model.backbone.fingerprint,
+            adapters=adapters_of(model) if tuned else None,
+            dtype=torch.float32,
+        )
+
+    return save
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Config:
+    return load_config(
+        None,
+        [
+            f"workdir={tmp_path}", f"backbone.name={tiny_folder}", "backbone.dtype=float32",
+            "serve.context_length=256", "serve.max_batch_size=4", "serve.follow_s=0",
+        ],
+    )  # fmt: skip
+
+
+def _app(service: Service, settings: ServeSection) -> Any:
+    return create_app(service, settings)
+
+
+@pytest.fixture
+def host(config: Config) -> Iterator[ModelHost]:
+    host = ModelHost(config, _app)
+    yield host
+    host.stop()
+
+
+@pytest.fixture
+def url(host: ModelHost) -> Iterator[str]:
+    with http_server(host.app) as base:
+        yield base
+
+
+def ask(url: str, **fields: Any) -> dict[str, Any]:
+    response = httpx.post(f"{url}/v1/chat/completions", json={**ASK, **fields}, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    return answer["choices"][0]["message"]["content"]
+
+
+def version_of(folder: Path, number: int) -> Version:
+    return Version(number=number, source=str(folder), run_id="run", folder=folder)
+
+
+def test_new_heads_share_the_backbone_and_change_no_answer(
+    host: ModelHost, url: str, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    before, backbone = ask(url), host._model.backbone
+    host.adopt(version_of(save_heads(tmp_path / "v1"), 1))
+    after = ask(url)
+    assert host._model.backbone is backbone
+    assert text_of(after) == text_of(before)
+    assert before["system_fingerprint"].endswith("_plain")
+    assert after["system_fingerprint"].endswith("_champion-v1")
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "version": "champion-v1"}
+
+
+def test_a_tuned_backbone_takes_over_while_the_old_one_finishes(
+    host: ModelHost, url: str, save_heads: Callable[..., Path], tmp_path: Path, tiny_folder: Path
+) -> None:
+    folder = save_heads(tmp_path / "v2", tuned=True)
+    original = medusa.load(tiny_folder, heads=None, dtype="float32").generate("Hello", max_tokens=200, ignore_eos=True)
+    tuned = medusa.load(tiny_folder, heads=folder, dtype="float32").generate("Hello", max_tokens=24)
+    assert tuned.text != original.text[: len(tuned.text)]
+
+    asked = {**ASK, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
+        lines = response.iter_lines()
+        first = next(line for line in lines if line)
+        host.adopt(version_of(folder, 2))
+        new = ask(url)
+        events = [first, *(line for line in lines if line)]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in events if not line.endswith("[DONE]")]
+    streamed = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert streamed == original.text
+    assert all(chunk["system_fingerprint"].endswith("_plain") for chunk in chunks)
+    assert text_of(new) == tuned.text
+    assert new["system_fingerprint"].endswith("_champion-v2")
+    wait_until(lambda: len(host.loop._lanes) == 1)
+
+
+def test_from_a_tuned_backbone_back_to_the_original(
+    host: ModelHost, url: str, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Adapters are merged for good: the original must be loaded again, not taken for what is there."""
+    before = text_of(ask(url))
+    host.adopt(version_of(save_heads(tmp_path / "v2", tuned=True), 2))
+    assert text_of(ask(url)) != before
+    host.adopt(version_of(save_heads(tmp_path / "v3"), 3))
+    assert text_of(ask(url)) == before
+
+
+def test_heads_that_do_not_fit_are_refused_before_anything_changes(
+    host: ModelHost, other: Model, url: str, tmp_path: Path
+) -> None:
+    foreign = save_checkpoint(
+        tmp_path / "foreign",
+        random_heads(other.backbone),
+        paths=[(0,)],
+        backbone_name="other",
+        backbone_fingerprint=other.backbone.fingerprint,
+    )
+    lane = host.loop.lane
+    with pytest.raises(CheckpointError, match="trained on backbone other"):
+        host.adopt(version_of(foreign, 9))
+    assert host.loop.lane is lane
+    assert host.version == "plain"
+    assert ask(url)["system_fingerprint"].endswith("_plain")
+
+
+def test_loading_a_backbone_disturbs_no_answer_under_way(
+    model: Model, config: Config, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers sets torch's default dtype, which threads share, while it loads."""
+    folder = save_heads(tmp_path / "v2", tuned=True)
+    sampled: dict[str, Any] = dict(
+        max_tokens=100, temperature=0.9, seed=7, top_p=0.9, acceptance="rejection", ignore_eos=True
+    )
+    expected = model.generate("Hello", **sampled).token_ids
+    loaded: list[Model] = []
+    section = config.backbone.model_copy(update={"dtype": "bfloat16"})
+    loader = threading.Thread(target=lambda: loaded.append(successor(model, section, folder)))
+    loader.start()
+    answers = [model.generate("Hello", **sampled).token_ids]
+    while loader.is_alive():
+        answers.append(model.generate("Hello", **sampled).token_ids)
+    assert loaded
+    assert all(answer == expected for answer in answers)
+
+
+def test_reconfigure_changes_limits_without_touching_the_engine(host: ModelHost, url: str) -> None:
+    lane = host.loop.lane
+    host.reconfigure({"max_waiting": 0, "max_wait_s": 5})
+    assert host.loop.lane is lane
+    assert (host.loop.max_waiting, host.loop.max_wait_s) == (0, 5)
+    host.reconfigure({"context_length": 64})
+    assert host.loop.lane is not lane
+    assert host.loop.max_waiting == 64  # what is not given is what the configuration says, not what was given before
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] == 64
+
+
+def test_reconfigure_follows_another_alias_at_once(
+    host: ModelHost, config: Config, url: str, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    registry = open_registry(config)
+    run = registry.run_for("test", {})
+    for number, alias in ((1, CHAMPION), (2, "canary")):
+        folder = save_heads(tmp_path / f"heads{number}", seed=number)
+        made = registry.add_version(run, registry.log_folder(run, folder, f"{VERSION_FOLDER}{number}"), {})
+        registry.set_alias(alias, made.number)
+    host.reconfigure({"alias": "canary"})
+    assert ask(url)["system_fingerprint"].endswith("_canary-v2")
+    (tmp_path / "damaged").mkdir()
+    for file in (tmp_path / "heads2").iterdir():
+        (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes() if file.name != WEIGHTS else b"nothing")
+    damaged = registry.add_version(run, registry.log_folder(run, tmp_path / "damaged", "damaged"), {})
+    registry.set_alias("canary", damaged.number)
+    host._follower.look()
+    health = httpx.get(f"{url}/health").json()
+    assert health["version"] == "canary-v2"
+    assert "version 3 cannot be served" in health["champion_error"]
+    assert ask(url)["system_fingerprint"].endswith("_canary-v2")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"port": 1}, r"serve\.port"), ({"max_waitin": 1}, "max_waitin"), ({"max_batch_size": 0}, "max_batch_size")],
+)
+def test_reconfigure_names_what_it_cannot_do(host: ModelHost, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        host.reconfigure(given)
+
+
+def test_what_the_server_does_is_measured(
+    host: ModelHost, url: str, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    host.adopt(version_of(save_heads(tmp_path / "v1"), 1))
+    num_tokens = ask(url)["usage"]["completion_tokens"]
+    assert httpx.post(f"{url}/v1/chat/completions", json={**ASK, "n": 0}, timeout=60).status_code == 400
+    wait_until(lambda: host.loop.load.running == 0)
+    wait_until(lambda: samples(url)["medusa_num_requests_running"] == 0)
+    seen = samples(url)
+    assert seen["medusa_generation_tokens_total"] == num_tokens
+    assert seen["medusa_time_to_first_token_seconds_count"] == 1
+    assert seen["medusa_step_time_seconds_count", "prefill"] == 1
+    assert seen["medusa_num_slots"] == 4
+    assert seen["medusa_http_errors_total", "400"] == 1
+    assert (seen["medusa_model_info", "plain"], seen["medusa_model_info", "champion-v1"]) == (0, 1)
+
+
+def samples(url: str) -> dict[Any, float]:
+    """What a scrape finds: by name, or by name and the value of the metric's own label."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            own = [value for label, value in sample.labels.items() if label != "model_name"]
+            found[(sample.name, *own) if own else sample.name] = sample.value
+    return found
