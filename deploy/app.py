@@ -91,7 +91,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses=refusals(500, 503))
     async def health() -> Health:
         service.loop.check_health()
-        return Health(**service.status())
+        return Health.model_validate(service.status())
 
     @app.get("/version", responses=refusals(*COMMON))
     async def version() -> Version:
