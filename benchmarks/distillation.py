@@ -1,7 +1,8 @@
 """`python -m benchmarks.distillation`: generated tokens per second of one engine by batch size, plain and with heads.
 
-Every contender writes the same number of tokens for the same rows (the end of sequence is ignored), prefill included,
-as an actor of `pipelines.distill` does. Each repeat runs every contender once, and who begins rotates.
+The tree is of one size, or follows the load ("adaptive": by step times measured before its first pass). Every contender
+writes the same number of tokens for the same rows (the end of sequence is ignored), prefill included, as an actor of
+`pipelines.distill` does. Each repeat runs every contender once, and who begins rotates.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ from medusa.engine import Engine, Request
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree import Tree
+from medusa.tree_policy import TreePolicy, fit_policy
 from pipelines.prompts import builtin_prompts
 
 WARM_UP_TOKENS = 4
@@ -36,14 +38,16 @@ WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """So many sequences together, each step a tree of so many nodes; one node is plain decoding."""
+    """So many sequences together, each step a tree of so many nodes; one node is plain decoding, None leaves the number
+    to `policy`, up to the model's own tree."""
 
     batch: int
-    nodes: int
+    nodes: int | None
+    policy: TreePolicy | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        return "plain" if self.nodes == 1 else f"tree of {self.nodes}"
+        return {1: "plain", None: "adaptive"}.get(self.nodes, f"tree of {self.nodes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +70,10 @@ def make_rows(prompts: Sequence[Prompt], num_rows: int) -> list[Prompt]:
 
 def run_once(model: Model, contender: Contender, rows: Sequence[list[int]], *, num_tokens: int) -> Throughput:
     """Answer every row with `num_tokens` tokens, the batch kept full while there are rows."""
-    tree = model.resolve_tree(contender.nodes) if contender.nodes > 1 else Tree.root_only()
+    plain = contender.nodes == 1
     engine = Engine(
-        model.backbone, model.heads if contender.nodes > 1 else None, tree=tree, max_batch_size=contender.batch,
-        context_length=max(map(len, rows)) + num_tokens,
+        model.backbone, None if plain else model.heads, tree=Tree.root_only() if plain else model.resolve_tree(contender.nodes),
+        max_batch_size=contender.batch, context_length=max(map(len, rows)) + num_tokens, policy=contender.policy,
     )  # fmt: skip
     list(engine.run(_requests(rows[: contender.batch], WARM_UP_TOKENS)))
     engine.step_seconds.clear()
@@ -84,6 +88,15 @@ def run_once(model: Model, contender: Contender, rows: Sequence[list[int]], *, n
 def _requests(rows: Sequence[list[int]], num_tokens: int) -> list[Request]:
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     return [Request(prompt_ids=ids, params=params, request_id=str(i)) for i, ids in enumerate(rows)]
+
+
+def adaptive(model: Model, batch: int) -> Contender:
+    """The tree that follows the load, its step times measured now. ValueError for heads of unknown accuracy."""
+    accuracy = model.checkpoint.accuracy if model.checkpoint else None
+    if accuracy is None:
+        raise ValueError("an adaptive tree needs the heads' accuracy; calibrate them, or leave --adaptive out")
+    engine = Engine(model.backbone, model.heads, tree=model.tree, max_batch_size=batch)
+    return Contender(batch=batch, nodes=None, policy=fit_policy(engine.decoder, accuracy))
 
 
 def measure(
@@ -122,6 +135,7 @@ def main(
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="rows decoded together; repeat it to compare")] = None,
     tree: Annotated[list[int] | None, typer.Option(min=1, help="nodes; repeat it to compare; 1 is plain")] = None,
+    follow_load: Annotated[bool, typer.Option("--adaptive", help="also a tree that follows the load")] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="new tokens of every row")] = 192,
     rows: Annotated[int, typer.Option(min=1, help="rows of a pass; the prompts over and over")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
@@ -135,9 +149,10 @@ def main(
     model = medusa.load(backbone, heads=None if heads == "none" else heads, dtype=dtype, device=device)
     encoded = [model.encode(list(row.messages)) for row in make_rows(asked, rows)]
     sizes = tree or ([1] if model.heads is None else [1, 4, model.tree.num_nodes])
-    contenders = [
-        Contender(batch=b, nodes=n) for n in dict.fromkeys(sizes) for b in dict.fromkeys(batch or [8, 16, 32, 64])
-    ]
+    batches = list(dict.fromkeys(batch or [8, 16, 32, 64]))
+    contenders = [Contender(batch=b, nodes=n) for n in dict.fromkeys(sizes) for b in batches]
+    if follow_load:
+        contenders += [adaptive(model, b) for b in batches]
     measured = measure(model, contenders, encoded, num_tokens=max_tokens, num_repeats=repeats)
 
     table = grid(measured)

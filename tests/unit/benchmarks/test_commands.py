@@ -37,6 +37,7 @@ def heads_folder(tiny_folder: Path, tmp_path: Path) -> Path:
         backbone_name=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         default_nodes=3,
+        accuracy=[[0.4, 0.2, 0.1], [0.3, 0.1, 0.1]],
     )
 
 
@@ -75,11 +76,11 @@ def test_distillation_writes_every_row_to_its_length_at_every_batch_size(
 ) -> None:
     distillation.main(
         backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
-        batch=[2, 3], tree=[1, 3], max_tokens=NUM_TOKENS, rows=5, repeats=2, output=tmp_path,
+        batch=[2, 3], tree=[1, 3], follow_load=True, max_tokens=NUM_TOKENS, rows=5, repeats=2, output=tmp_path,
     )  # fmt: skip
     (record,) = tmp_path.glob("distillation-*.json")
     figures = json.loads(record.read_text())["figures"]
-    assert figures.keys() == {f"{name}, batch {size}" for name in ("plain", "tree of 3") for size in (2, 3)}
+    assert figures.keys() == {f"{name}, batch {size}" for name in ("plain", "tree of 3", "adaptive") for size in (2, 3)}
     assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in figures.values())
 
     model = medusa.load(tiny_folder, heads=heads_folder, dtype="float32")

@@ -67,3 +67,15 @@ def test_a_freed_slot_is_zero_even_where_it_held_nan() -> None:
     write(store, 0, [0], 4, base=float("nan"))
     store.free(0)
     assert (store.store[:, 0] == 0).all()
+
+
+def test_what_was_read_from_one_slot_is_written_into_another() -> None:
+    store = cache()
+    write(store, 0, [0, 0], 8, base=1)
+    pieces = [store.read(1, 0, 3), store.read(1, 3, 5)]
+    store.store[:, 1] = float("nan")  # a copy does not change with its source
+    assert store.write(2, pieces) == 5
+    assert held(store, 2) == [11, 12, 13, 14, 15, 0, 0, 0, 0, 0]
+    assert held(store, 2, layer=1) == [111, 112, 113, 114, 115, 0, 0, 0, 0, 0]
+    store.free(2)
+    assert (store.store[:, 2] == 0).all()

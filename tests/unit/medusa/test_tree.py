@@ -48,6 +48,18 @@ def test_the_first_nodes_of_a_tree_are_a_tree(tree: Tree, num_nodes: int) -> Non
         tree.first(tree.num_nodes + 1)
 
 
+def test_a_grown_tree_keeps_its_order() -> None:
+    paths = [(0,), (0, 0), (1,), (0, 1), (0, 0, 0), (1, 0)]
+    tree = Tree.grown(paths)
+    assert tree.paths == ((), *paths)
+    for n in range(1, tree.num_nodes + 1):
+        assert tree.first(n).paths == ((), *paths[: n - 1])
+    with pytest.raises(ValueError, match=r"\[0, 0\] stands before its parent \[0\]"):
+        Tree.grown([(0, 0), (0,)])
+    with pytest.raises(ValueError, match="no parent"):
+        Tree.grown([(0, 0)])
+
+
 def test_shapes_by_name() -> None:
     assert Tree.root_only().num_nodes == 1 and Tree.root_only().depth == 0
     assert Tree.chain(3).paths == ((), (0,), (0, 0), (0, 0, 0))
