@@ -242,7 +242,9 @@ def test_a_rolling_update_fails_no_request(served: Served, text: str) -> None:
 
 @pytest.mark.parametrize("fault", ["hang", "end"])
 def test_a_replica_whose_engine_is_broken_is_replaced(served: Served, text: str, fault: str) -> None:
-    served.deploy("serve.stall_after_s=2", kind=Breakable, num_replicas=1, autoscaling_config=None)
+    served.deploy(
+        "serve.stall_after_s=2", kind=Breakable, num_replicas=1, autoscaling_config=None, health_check_period_s=2
+    )
     (broken,) = served.replicas
     getattr(serve.get_deployment_handle(DEPLOYMENT, APP), fault).remote().result(timeout_s=30)
     caught = served.ask()  # a client who is there at that moment hears a clean error
