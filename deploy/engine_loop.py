@@ -16,65 +16,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.metrics import FailureReason, Metrics, RequestMetrics
+from deploy.admission import Admission, Load
+from deploy.metrics import FailureReason, Metrics
+from deploy.reader import Answer, EngineOverloaded, EngineUnavailable, Piece, Reader, SlowReader
 from medusa.detokenize import TextStream
-from medusa.engine import Completion, Delta, Engine, Request
+from medusa.engine import Delta, Engine, Request
 from medusa.errors import MedusaError
-from medusa.logprobs import TokenLogprob
+
+__all__ = ["Answer", "EngineLoop", "EngineOverloaded", "EngineUnavailable", "Lane", "Load", "Piece", "SlowReader"]
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREAD_PIECES = 512
 MAX_FAILED_STEPS = 3
-MEAN_WEIGHT = 1 / 8
 DRAIN_POLL_S = 0.02
-
-
-class EngineOverloaded(MedusaError):
-    """As many requests are running and waiting as may; come back in about `retry_after_s`."""
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(message)
-
-
-class EngineUnavailable(MedusaError):
-    """The loop has stopped, or a step failed under this request."""
-
-
-class SlowReader(MedusaError):
-    """A client let its pieces pile up and was cancelled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one step added to an answer. `completion` comes with the last piece, and only then.
-
-    `logprobs` stands beside `token_ids` where the request asked for it; both run ahead of text that is still held back.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    completion: Completion | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """How busy the loop is: requests with a slot and without, the slots for new requests, nodes of one sequence's tree."""
-
-    running: int
-    waiting: int
-    slots: int
-    nodes: int
-
-    @property
-    def slot_use(self) -> float:
-        """Share of the slots that are taken, at most 1: while an old engine drains there are more than `slots`."""
-        return min(self.running / self.slots, 1.0)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -85,70 +42,6 @@ class Lane:
     engine: Engine
     tokenizer: Any
     failed_steps: int = 0
-
-
-@dataclass(kw_only=True)
-class _Reader:
-    """One request in flight: its text so far (the engine's thread) and its unread pieces (the client's event loop)."""
-
-    request: Request
-    lane: Lane
-    metrics: RequestMetrics
-    text: TextStream
-    events: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece | Exception]
-    unread: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_UNREAD_PIECES))
-    failure: Exception | None = None
-
-    def see(self, token_id: int) -> bool:
-        """The engine's `on_token`. A fault in one request's text ends that request, never the step of the others."""
-        try:
-            return self.text.push(token_id)
-        except Exception as error:
-            logger.exception("text of request %s failed", self.request.request_id)
-            self.failure = error
-            return True
-
-    def send(self, item: Piece | Exception) -> bool:
-        """Hand an item to the client's event loop; False where nobody reads (fast enough) any more."""
-        if isinstance(item, Piece) and not self.unread.acquire(blocking=False):
-            return False
-        try:
-            self.events.call_soon_threadsafe(self.pieces.put_nowait, item)
-        except RuntimeError:  # the event loop is closed: the client is gone
-            return False
-        return True
-
-
-class Answer:
-    """The pieces of one answer, as they come. `aclose` cancels what is left of it, also before the first was read."""
-
-    def __init__(self, reader: _Reader, cancel: Callable[[], None]) -> None:
-        self._reader = reader
-        self._cancel = cancel
-        self._ended = False
-
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> Piece:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            item = await self._reader.pieces.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, Exception):
-            await self.aclose()
-            raise item
-        self._reader.unread.release()
-        self._ended = item.completion is not None
-        return item
-
-    async def aclose(self) -> None:
-        self._ended = True
-        self._cancel()
 
 
 class EngineLoop:
@@ -169,15 +62,13 @@ class EngineLoop:
         stall_after_s: float = 60.0,
         metrics: Metrics | None = None,
     ) -> None:
-        self.max_waiting = max_waiting
-        self.max_wait_s = max_wait_s
+        self.admission = Admission(max_waiting=max_waiting, max_wait_s=max_wait_s)
         self.metrics = metrics or Metrics()
         self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
         self._lanes = [self._current]  # the engine's thread: those that are stepped
         self._stall_after_s = stall_after_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._readers: dict[str, _Reader] = {}
-        self._answer_s = 0.0  # what an answer lately took in its slot; 0 before the first
+        self._readers: dict[str, Reader] = {}
         self._draining = False
         self._stopping = False
         self._ended = "the engine loop is not running"
@@ -208,9 +99,13 @@ class EngineLoop:
         return not self._readers
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the thread after its current step; requests in flight get EngineUnavailable. May be called twice."""
+        """End the thread after its current step; requests in flight get EngineUnavailable. May be called twice.
+
+        A loop that was given up is not waited for: its thread may never come back.
+        """
+        given_up = self._stopping
         self._orders.put(self._stop)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not given_up:
             self._thread.join(timeout_s)
 
     @property
@@ -262,8 +157,8 @@ class EngineLoop:
         """
         lane = lane or self._current
         lane.engine.check(request)
-        self._check_room()
-        reader = _Reader(
+        self.admission.check(in_flight=len(self._readers), slots=self._current.engine.max_batch_size)
+        reader = Reader(
             request=request,
             lane=lane,
             metrics=self.metrics.arrival(),
@@ -282,19 +177,6 @@ class EngineLoop:
             raise
         self._orders.put(lambda: self._admit(reader))
         return Answer(reader, lambda: self._orders.put(lambda: self._cancel(reader)))
-
-    def _check_room(self) -> None:
-        """EngineOverloaded where the queue is full, or so long that its end would wait too long."""
-        slots, in_flight = self._current.engine.max_batch_size, len(self._readers)
-        ahead = in_flight - slots + 1  # answers that must end before this one begins
-        wait_s = max(ahead, 0) * self._answer_s / slots
-        if in_flight >= slots + self.max_waiting:
-            said = f"{in_flight} requests are in flight, the most that are taken"
-        elif wait_s > self.max_wait_s:
-            said = f"{in_flight} requests are in flight: this one would wait about {wait_s:.0f} s to begin"
-        else:
-            return
-        raise EngineOverloaded(f"{said}; try again later", retry_after_s=max(wait_s, 1.0))
 
     # The engine's thread
 
@@ -356,7 +238,7 @@ class EngineLoop:
             del lane.engine.decoder  # its cache must be gone before the next one's is allocated
             lane.engine = lane.make_engine()
 
-    def _admit(self, reader: _Reader) -> None:
+    def _admit(self, reader: Reader) -> None:
         if self._readers.get(reader.request.request_id) is not reader:
             return  # it was ended while it waited here
         try:
@@ -381,29 +263,25 @@ class EngineLoop:
         if delta.completion is not None:
             text += reader.text.finish()
             self._forget(reader)
-            self._learn(delta.completion)
+            stats = delta.completion.stats
+            self.admission.learn(stats.prefill_s + stats.decode_s)
         piece = Piece(text=text, token_ids=tuple(delta.token_ids), logprobs=delta.logprobs, completion=delta.completion)
         if not reader.send(piece):
             self._cancel(reader, "slow_reader")
-            reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
+            reader.send(SlowReader())
 
-    def _learn(self, completion: Completion) -> None:
-        """Keep a running mean of what answers take in their slots, the last dozen or so."""
-        took_s = completion.stats.prefill_s + completion.stats.decode_s
-        self._answer_s += (took_s - self._answer_s) * (MEAN_WEIGHT if self._answer_s else 1.0)
-
-    def _cancel(self, reader: _Reader, reason: FailureReason = "cancelled") -> None:
+    def _cancel(self, reader: Reader, reason: FailureReason = "cancelled") -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""
         if self._forget(reader):
             reader.metrics.failure(reason)
             reader.lane.engine.cancel(reader.request.request_id)
 
-    def _forget(self, reader: _Reader) -> bool:
+    def _forget(self, reader: Reader) -> bool:
         """False where the reader was no longer known: also another thread may have ended it."""
         request_id = reader.request.request_id
         return self._readers.get(request_id) is reader and self._readers.pop(request_id, None) is reader
 
-    def _end_all(self, readers: dict[str, _Reader], error: Exception) -> None:
+    def _end_all(self, readers: dict[str, Reader], error: Exception) -> None:
         """Tell these readers; the engine, which may be broken, is not touched."""
         for reader in list(readers.values()):
             if self._forget(reader):

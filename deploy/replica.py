@@ -6,10 +6,11 @@ the tokenizer that wrote its prompt, the engine that answers it, the fingerprint
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,9 @@ class ModelHost:
         """Serve a fetched version to new requests; those that run end on the one that they began with."""
         assert version.folder is not None
         model = successor(self._model, self._config.backbone, version.folder)
-        with self._changing:
-            before, self._model = self._model, model
-            try:
-                self.loop.switch(self._new_maker(), model.backbone.tokenizer)
-            except BaseException:
-                self._model = before
-                raise
-            self._origin = _origin(version, self._settings.alias)
+        with self._change():
+            self._model, self._origin = model, _origin(version, self._settings.alias)
+            self.loop.switch(self._new_maker(), model.backbone.tokenizer)
             self.app.newest = self._front()
 
     def reconfigure(self, given: Mapping[str, Any]) -> None:
@@ -149,21 +145,34 @@ class ModelHost:
 
         Another alias has been looked up when this returns. Raises ConfigError for keys or values that cannot be.
         """
-        settings = overlaid(self._config.serve, given)
-        with self._changing:
-            before, self._settings = self._settings, settings
+        settings, before = overlaid(self._config.serve, given), self._settings
+        if settings == before:
+            return
+        with self._change():
+            self._settings = settings
             if any(getattr(before, name) != getattr(settings, name) for name in _OF_THE_ENGINE):
                 self.loop.switch(self._new_maker(), self._model.backbone.tokenizer)
             self.app.newest = self._front()
-            if (before.alias, before.follow_s) != (settings.alias, settings.follow_s):
-                self._follower.stop()
-                self._follower = self._follow()
+        if (before.alias, before.follow_s) != (settings.alias, settings.follow_s):
+            self._follower.stop()
+            self._follower = self._follow()
         if before.alias != settings.alias:
             self._follower.look()
 
     def stop(self) -> None:
         self._follower.stop()
         self.loop.stop()
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """One change at a time, whole or not at all. An app that stays keeps its engine, whatever the loop's newest is."""
+        with self._changing:
+            before = self._settings, self._model, self._origin, self._maker
+            try:
+                yield
+            except BaseException:
+                self._settings, self._model, self._origin, self._maker = before
+                raise
 
     def _new_maker(self) -> EngineMaker:
         """Of engines for the model and the settings as they are now."""
@@ -174,7 +183,8 @@ class ModelHost:
     def _front(self) -> ASGIApp:
         """An app over the model as it is now, its limits set."""
         settings = self._settings
-        self.loop.max_waiting, self.loop.max_wait_s = settings.max_waiting, settings.max_wait_s
+        admission = self.loop.admission
+        admission.max_waiting, admission.max_wait_s = settings.max_waiting, settings.max_wait_s
         service = Service(
             name=self._name,
             model=self._model,

@@ -34,6 +34,7 @@ from pipelines.config import Config, ServeSection
 logger = logging.getLogger(__name__)
 
 APPLICATION, DEPLOYMENT = "medusa", "replica"
+AT_ONCE_S = 0.5  # a drain that takes no longer needs no word to the user
 AUTOSCALING: dict[str, Any] = {
     "min_replicas": 1,
     "max_replicas": 4,
@@ -148,13 +149,19 @@ def _finish_answers(timeout_s: float) -> None:
     """Return when the one replica is idle and gone. `serve.shutdown` would end the proxy first, and so cut streams."""
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            replica = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-            if not replica.drain.remote(timeout_s).result(timeout_s=timeout_s + 10):
-                logger.warning("answers were still under way after %g s and are cut off", timeout_s)
-                return
+            if not _drained(AT_ONCE_S):
+                logger.info("answers under way are finished first, for up to %g s; Ctrl-C cuts them off", timeout_s)
+                if not _drained(timeout_s):
+                    logger.warning("answers were still under way after %g s and are cut off", timeout_s)
+                    return
             serve.delete(APPLICATION)  # waits until the last bytes of the last answer have left
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             logger.warning("the replica could not finish its answers: %s", str(error).splitlines()[0])
+
+
+def _drained(timeout_s: float) -> bool:
+    replica = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+    return bool(replica.drain.remote(timeout_s).result(timeout_s=timeout_s + 10))
 
 
 def run(config: Config) -> None:

@@ -174,7 +174,7 @@ def text(served: Served) -> str:
 def test_replicas_grow_under_load_and_shrink_after(served: Served, text: str) -> None:
     served.crown(served.heads("v1", seed=1))
     served.deploy(autoscaling_config=SCALING)
-    (first,) = served.replicas
+    assert len(served.replicas) == 1
     with clients(served, 12) as answers:
         wait_until(lambda: len(served.replicas) == 2, timeout_s=120, what="a second replica")
         known = len(answers)
@@ -183,7 +183,6 @@ def test_replicas_grow_under_load_and_shrink_after(served: Served, text: str) ->
     with clients(served, 1) as answers:  # a stream that goes on is no reason to keep both
         wait_until(lambda: len(served.replicas) == 1, timeout_s=120, what="one replica again")
     expect(answers, text)
-    assert len(served.replicas | {first}) <= 2
 
 
 def test_the_champion_is_followed_while_streams_go_on(served: Served, text: str) -> None:
@@ -232,17 +231,19 @@ def test_a_rolling_update_fails_no_request(served: Served, text: str) -> None:
     old = served.replicas
     with clients(served, 6) as answers:
         wait_until(lambda: len(answers) > 12, timeout_s=60, what="answers before the update")
-        served.deploy("serve.context_length=240", num_replicas=2, autoscaling_config=None)
+        served.deploy("serve.context_length=250", num_replicas=2, autoscaling_config=None)
         known = len(answers)
         wait_until(lambda: len(answers) > known + 12, timeout_s=60, what="answers after the update")
     expect(answers, text)
     assert not old & served.replicas
-    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["max_model_len"] == 240
+    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["max_model_len"] == 250
 
 
 @pytest.mark.parametrize("fault", ["hang", "end"])
 def test_a_replica_whose_engine_is_broken_is_replaced(served: Served, text: str, fault: str) -> None:
-    served.deploy("serve.stall_after_s=2", kind=Breakable, num_replicas=1, autoscaling_config=None)
+    served.deploy(
+        "serve.stall_after_s=2", kind=Breakable, num_replicas=1, autoscaling_config=None, health_check_period_s=2
+    )
     (broken,) = served.replicas
     getattr(serve.get_deployment_handle(DEPLOYMENT, APP), fault).remote().result(timeout_s=30)
     caught = served.ask()  # a client who is there at that moment hears a clean error

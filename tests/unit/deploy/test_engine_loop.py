@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 import pytest
 
-from deploy import engine_loop
+from deploy import engine_loop, reader
 from deploy.engine_loop import EngineLoop, EngineOverloaded, EngineUnavailable, Piece, SlowReader
 from medusa import Model, PromptError, SamplingParams
 from medusa.engine import Delta, Engine, Request
@@ -218,7 +218,7 @@ def test_stop_ends_answers_in_flight_and_refuses_new_ones(model: Model, make_loo
 
 
 def test_a_slow_reader_is_cancelled(model: Model, make_loop: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_loop, "MAX_UNREAD_PIECES", 3)
+    monkeypatch.setattr(reader, "MAX_UNREAD_PIECES", 3)
 
     async def dawdle(loop: EngineLoop) -> None:
         pieces = await loop.submit(request(model, max_tokens=100))

@@ -194,10 +194,12 @@ def test_reconfigure_changes_limits_without_touching_the_engine(host: ModelHost,
     lane = host.loop.lane
     host.reconfigure({"max_waiting": 0, "max_wait_s": 5})
     assert host.loop.lane is lane
-    assert (host.loop.max_waiting, host.loop.max_wait_s) == (0, 5)
+    assert (host.loop.admission.max_waiting, host.loop.admission.max_wait_s) == (0, 5)
     host.reconfigure({"context_length": 64})
     assert host.loop.lane is not lane
-    assert host.loop.max_waiting == 64  # what is not given is what the configuration says, not what was given before
+    assert (
+        host.loop.admission.max_waiting == 64
+    )  # what is not given is what the configuration says, not what was given before
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] == 64
 
 

@@ -60,7 +60,7 @@ def test_the_deployment_exists_and_agrees_with_the_codes_defaults(deployment: di
     user_config = deployment.pop("user_config")
     defaults = load_config(None).serve
     assert overlaid(defaults, user_config) == defaults
-    config = serve.Replica._deployment_config
+    config = serve.build({})._bound_deployment._deployment_config
     assert deployment == {name: getattr(config, name) for name in deployment}
 
 

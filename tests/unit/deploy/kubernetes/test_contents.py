@@ -33,7 +33,6 @@ OF_A_CLUSTER = {"http_options.host", "applications.0.args.workdir", "application
 OF_ITS_MACHINES = {
     "applications.0.args.serve.max_batch_size", "applications.0.args.serve.context_length",
     "applications.0.deployments.0.autoscaling_config.max_replicas",
-    "applications.0.deployments.0.autoscaling_config.target_ongoing_requests",
     "applications.0.deployments.0.ray_actor_options.num_cpus", "applications.0.deployments.0.ray_actor_options.num_gpus",
 }  # fmt: skip
 

@@ -1,0 +1,50 @@
+"""Who is let in, and how busy a loop is. Counts requests and seconds; knows no engine and no clients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from deploy.reader import EngineOverloaded
+
+MEAN_WEIGHT = 1 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the loop is: requests with a slot and without, the slots for new requests, nodes of one sequence's tree."""
+
+    running: int
+    waiting: int
+    slots: int
+    nodes: int
+
+    @property
+    def slot_use(self) -> float:
+        """Share of the slots that are taken, at most 1: while an old engine drains there are more than `slots`."""
+        return min(self.running / self.slots, 1.0)
+
+
+class Admission:
+    """Refuses early what would wait too long: more than `max_waiting` at once, or longer than about `max_wait_s`."""
+
+    def __init__(self, *, max_waiting: int, max_wait_s: float = math.inf) -> None:
+        self.max_waiting = max_waiting
+        self.max_wait_s = max_wait_s
+        self._answer_s = 0.0  # what an answer lately took in its slot; 0 before the first
+
+    def check(self, *, in_flight: int, slots: int) -> None:
+        """EngineOverloaded for one more than `in_flight` requests, of which `slots` run."""
+        ahead = in_flight - slots + 1  # answers that must end before this one begins
+        wait_s = max(ahead, 0) * self._answer_s / slots
+        if in_flight >= slots + self.max_waiting:
+            said = f"{in_flight} requests are in flight, the most that are taken"
+        elif wait_s > self.max_wait_s:
+            said = f"{in_flight} requests are in flight: this one would wait about {wait_s:.0f} s to begin"
+        else:
+            return
+        raise EngineOverloaded(f"{said}; try again later", retry_after_s=max(wait_s, 1.0))
+
+    def learn(self, took_s: float) -> None:
+        """An answer held its slot this long: a running mean of the last dozen or so is kept."""
+        self._answer_s += (took_s - self._answer_s) * (MEAN_WEIGHT if self._answer_s else 1.0)
