@@ -235,7 +235,9 @@ class EngineLoop:
         if self._stopping:
             logger.error("%d engine steps failed in a row; the loop ends", lane.failed_steps)
         else:
-            del lane.engine.decoder  # its cache must be gone before the next one's is allocated
+            # What it keeps must be gone before the next one's cache is allocated.
+            lane.engine.prefixes.clear()
+            del lane.engine.decoder
             lane.engine = lane.make_engine()
 
     def _admit(self, reader: Reader) -> None:

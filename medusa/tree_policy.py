@@ -115,12 +115,12 @@ def measure_step_costs(
 ) -> StepCosts:
     """Time the decoder's own steps, for every size in `expected` and batches up to its slots. The decoder must be idle.
 
-    A first round warms up; rounds follow until `budget_s` is spent, at least one, and the least of a size's times counts:
-    what else the machine did falls out of it.
+    Each is timed twice, the first time to warm up; rounds follow until `budget_s` is spent. The least of a size's times
+    counts: what else the machine did falls out of it.
     """
     batches = [*(b for b in BATCHES if b < decoder.num_slots), decoder.num_slots]
     length = min(MEASURED_LENGTH, decoder.context_length - 1)
-    began, sizes = clock(), {batch: sorted(expected) for batch in batches}
+    began, sizes = clock(), sorted(expected)
 
     def run(batch: int, nodes: int) -> float:
         rows = SamplingRows.of([SamplingParams()] * batch, decoder.backbone.device)
@@ -129,20 +129,15 @@ def measure_step_costs(
         decoder.step(batch, rows, nodes=nodes)
         return clock() - start
 
+    best: dict[int, dict[int, float]] = {}
     try:
-        warm = {}
         for batch in batches:
-            warm[batch] = {nodes: min(run(batch, nodes), run(batch, nodes)) for nodes in sizes[batch]}
-            for later in batches:
-                if later > batch:
-                    sizes[later] = [
-                        n for n in sizes[batch] if n == 1 or warm[batch][n] <= HOPELESS * expected[n] * warm[batch][1]
-                    ]
-        best: dict[int, dict[int, float]] = {batch: {} for batch in batches}
-        while not best[batches[0]] or clock() - began < budget_s:
+            row = best[batch] = {nodes: min(run(batch, nodes), run(batch, nodes)) for nodes in sizes}
+            sizes = [nodes for nodes in sizes if row[nodes] <= HOPELESS * expected[nodes] * row[1]]
+        while clock() - began < budget_s:
             for batch, row in best.items():
-                for nodes in sizes[batch]:
-                    row[nodes] = min(row.get(nodes, float("inf")), run(batch, nodes))
+                for nodes in row:
+                    row[nodes] = min(row[nodes], run(batch, nodes))
     finally:
         for slot in range(decoder.num_slots):
             decoder.free(slot)
