@@ -121,7 +121,7 @@ def allowed_after_ids(emitted: list[int]) -> set[int]:
     return allowed
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(tree=trees(max_nodes=12), seed=st.integers(0, 1000))
 def test_any_tree_in_any_batch_decodes_what_plain_decoding_does(tree: Tree, seed: int) -> None:
     requests = [
