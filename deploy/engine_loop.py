@@ -78,6 +78,7 @@ class EngineLoop:
     # For any thread
 
     def start(self) -> EngineLoop:
+        self.metrics.load(running=0, waiting=0, slots=self._current.engine.max_batch_size)
         self._thread.start()
         return self
 

@@ -5,7 +5,7 @@ const SERVER = new URL("..", import.meta.url); // the application may live below
 // What the server refused, or why it could not be asked, in words for the reader.
 export class Refusal extends Error {
   constructor(message, status = 0) {
-    super(message.charAt(0).toUpperCase() + message.slice(1));
+    super(message.replace(/^[a-z]+(?= )/, (word) => word[0].toUpperCase() + word.slice(1))); // but for names of fields
     this.status = status;
   }
 }

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 import medusa
 from deploy.app import create_app
 from deploy.engine_loop import EngineLoop, Piece
+from deploy.metrics import Metrics
 from deploy.service import Service
 from medusa import Model
 from medusa.detokenize import TextStream
@@ -63,12 +64,19 @@ def make_loop(model: Model) -> Callable[..., contextlib.AbstractContextManager[E
 
     @contextlib.contextmanager
     def make(engine_class: type[Engine] = Engine, **options: float) -> Iterator[EngineLoop]:
+        metrics = Metrics("tiny")
+
         def make_engine() -> Engine:
             return engine_class(
-                model.backbone, model.heads, tree=model.tree, max_batch_size=BATCH, context_length=CONTEXT
+                model.backbone,
+                model.heads,
+                tree=model.tree,
+                max_batch_size=BATCH,
+                context_length=CONTEXT,
+                on_step=metrics.step,
             )
 
-        loop = EngineLoop(make_engine, model.backbone.tokenizer, **options).start()
+        loop = EngineLoop(make_engine, model.backbone.tokenizer, metrics=metrics, **options).start()
         try:
             yield loop
         finally:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -15,6 +16,7 @@ from deploy.metric_names import SPECS, Spec
 from deploy.metrics import Metrics
 from deploy.outlets import RayOutlet, Record
 from medusa.engine import Completion, Delta, FinishReason, Stats, StepRecord
+from tests.unit.deploy.conftest import BATCH, PacedEngine, wait_until
 
 
 class Clock:
@@ -213,3 +215,39 @@ def test_rays_outlet_records_elsewhere_and_survives_a_failure(monkeypatch: pytes
     while made != [1.0, 2.0] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert made == [1.0, 2.0]
+
+
+def ask(url: str, *, timeout_s: float = 30, **fields: Any) -> httpx.Response:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=timeout_s)
+
+
+def test_a_servers_metrics_add_up(make_loop: Callable, serve_app: Callable) -> None:
+    """Each token is a request's first, a verify step's own, or an accepted guess; each accepted guess has a depth."""
+    with make_loop() as loop, serve_app(loop) as url:
+        answers = [ask(url, max_tokens=size, ignore_eos=True) for size in (1, 9, 24)]
+        tokens = sum(answer.json()["usage"]["completion_tokens"] for answer in answers)
+        assert ask(url, max_tokens=0).status_code == 400
+        wait_until(lambda: scraped(loop.metrics)["num_requests_running"] == 0)
+        seen = scraped(loop.metrics)
+    assert tokens == 34
+    assert seen["generation_tokens_total"] == tokens
+    by_depth = [value for name, value in seen.items() if "accepted_tokens_per_pos_total" in name]
+    assert sum(by_depth) == seen["spec_decode_num_accepted_tokens_total"] > 0
+    assert len(by_depth) <= 3, "as many positions as heads"
+    steps = seen["spec_decode_num_drafts_total"]
+    assert steps + seen["spec_decode_num_accepted_tokens_total"] == tokens - len(answers)
+    assert seen["inter_token_latency_seconds_count"] == steps == seen["step_time_seconds_count{phase=decode}"]
+    assert seen["request_success_total{finished_reason=length}"] == len(answers)
+    assert seen["time_to_first_token_seconds_count"] == len(answers)
+    assert seen["http_errors_total{status=400}"] == 1
+    assert seen["num_slots"] == BATCH
+
+
+def test_a_client_that_leaves_is_a_failure_of_its_own_kind(make_loop: Callable, serve_app: Callable) -> None:
+    with make_loop(PacedEngine) as loop, serve_app(loop) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            ask(url, timeout_s=0.3, ignore_eos=True)
+        wait_until(lambda: scraped(loop.metrics)["request_failure_total{reason=cancelled}"] == 1)
+        wait_until(lambda: scraped(loop.metrics)["num_requests_running"] == 0)
+        assert scraped(loop.metrics)["request_success_total{finished_reason=length}"] == 0

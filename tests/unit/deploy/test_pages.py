@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 
 import httpx
@@ -109,3 +109,12 @@ def test_responses_that_are_errors_are_counted(pages: str, metrics: Metrics) -> 
         404,
     ]
     assert counted() == before + 2
+
+
+def test_the_application_has_the_pages(make_loop: Callable, serve_app: Callable) -> None:
+    with make_loop() as loop, serve_app(loop) as url:
+        found = [httpx.get(url + path).status_code for path in ("/", "/playground/answer.js", "/metrics")]
+        missing = httpx.get(f"{url}/playground/other.js")
+    assert found == [200, 200, 200]
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "invalid_request_error"
