@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 import medusa
-from deploy.serve import AUTOSCALING, DEPLOYMENT, Replica, application
+from deploy.serve import AUTOSCALING, DEPLOYMENT, Replica
 from medusa import Model
 from medusa.checkpoint import WEIGHTS, save_checkpoint
 from pipelines.cluster import ray_session
@@ -59,6 +60,10 @@ class Breakable(Replica.func_or_class):  # type: ignore[name-defined,misc]
         self._host.loop._orders.put(self._host.loop._stop)
 
 
+def build_breakable(args: dict[str, Any]) -> serve.Application:
+    return serve.deployment(Breakable, name=DEPLOYMENT).bind(Config.model_validate(args).model_dump(mode="json"))
+
+
 @dataclass
 class Served:
     """The application under test: where it answers, how it is deployed, its registry."""
@@ -73,15 +78,31 @@ class Served:
     def __post_init__(self) -> None:
         self.run = self.registry.run_for("test", {})
 
-    def deploy(self, *overrides: str, kind: Any = Replica, **options: Any) -> None:
+    def deploy(
+        self,
+        *overrides: str,
+        build: str = "deploy.serve:build",
+        replicas: int = 1,
+        autoscaling: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """What `serve deploy` does with a file; returns when the application runs as it says."""
         config = load_config(None, [*_overrides(self.config), *overrides])
-        fast = {"graceful_shutdown_wait_loop_s": 0.1, "health_check_period_s": 0.5, "user_config": {}}
-        if kind is Replica:
-            app = application(config, **(fast | options))
-        else:
-            deployment = serve.deployment(kind, name=DEPLOYMENT)
-            app = deployment.options(**(fast | options)).bind(config.model_dump(mode="json"))
-        serve.run(app, name=APP, route_prefix="/")
+        deployment = {
+            "name": DEPLOYMENT,
+            "graceful_shutdown_wait_loop_s": 0.1,
+            "health_check_period_s": 0.5,
+            "user_config": {},
+            "autoscaling_config": autoscaling or {"min_replicas": replicas, "max_replicas": replicas},
+            **options,
+        }
+        application = {
+            "name": APP, "route_prefix": "/", "import_path": build, "args": config.model_dump(mode="json"),
+            "deployments": [deployment],
+        }  # fmt: skip
+        client = serve.context._get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        wait_until(lambda: serve.status().applications[APP].status == "RUNNING", timeout_s=240, what="the application")
 
     def crown(self, folder: Path) -> int:
         """Register a folder and make it champion; its version's number."""
@@ -173,7 +194,7 @@ def text(served: Served) -> str:
 
 def test_replicas_grow_under_load_and_shrink_after(served: Served, text: str) -> None:
     served.crown(served.heads("v1", seed=1))
-    served.deploy(autoscaling_config=SCALING)
+    served.deploy(autoscaling=SCALING)
     assert len(served.replicas) == 1
     with clients(served, 12) as answers:
         wait_until(lambda: len(served.replicas) == 2, timeout_s=120, what="a second replica")
@@ -186,7 +207,7 @@ def test_replicas_grow_under_load_and_shrink_after(served: Served, text: str) ->
 
 
 def test_the_champion_is_followed_while_streams_go_on(served: Served, text: str) -> None:
-    served.deploy(num_replicas=1, autoscaling_config=None)
+    served.deploy()
     before = served.health()["version"]
     stay = served.replicas
     body = {**ASK, "stream": True}
@@ -221,17 +242,18 @@ def test_the_champion_is_followed_while_streams_go_on(served: Served, text: str)
 
 def test_limits_change_without_a_new_replica(served: Served) -> None:
     stay = served.replicas
-    served.deploy(num_replicas=1, autoscaling_config=None, user_config={"context_length": 64})
+    served.deploy(user_config={"context_length": 64})
     assert served.replicas == stay
     assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["max_model_len"] == 64
 
 
 def test_a_rolling_update_fails_no_request(served: Served, text: str) -> None:
-    served.deploy(num_replicas=2, autoscaling_config=None)
+    served.deploy(replicas=2)
+    wait_until(lambda: len(served.replicas) == 2, timeout_s=120, what="both replicas")
     old = served.replicas
     with clients(served, 6) as answers:
         wait_until(lambda: len(answers) > 12, timeout_s=60, what="answers before the update")
-        served.deploy("serve.context_length=250", num_replicas=2, autoscaling_config=None)
+        served.deploy("serve.context_length=250", replicas=2)
         known = len(answers)
         wait_until(lambda: len(answers) > known + 12, timeout_s=60, what="answers after the update")
     expect(answers, text)
@@ -241,9 +263,7 @@ def test_a_rolling_update_fails_no_request(served: Served, text: str) -> None:
 
 @pytest.mark.parametrize("fault", ["hang", "end"])
 def test_a_replica_whose_engine_is_broken_is_replaced(served: Served, text: str, fault: str) -> None:
-    served.deploy(
-        "serve.stall_after_s=2", kind=Breakable, num_replicas=1, autoscaling_config=None, health_check_period_s=2
-    )
+    served.deploy("serve.stall_after_s=2", build=f"{__name__}:build_breakable", health_check_period_s=2)
     (broken,) = served.replicas
     getattr(serve.get_deployment_handle(DEPLOYMENT, APP), fault).remote().result(timeout_s=30)
     caught = served.ask()  # a client who is there at that moment hears a clean error
