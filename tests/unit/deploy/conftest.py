@@ -19,6 +19,7 @@ from fastapi import FastAPI
 import medusa
 from deploy.app import create_app
 from deploy.engine_loop import EngineLoop, Piece
+from deploy.metrics import Metrics
 from deploy.service import Service
 from medusa import Model
 from medusa.detokenize import TextStream
@@ -119,6 +120,7 @@ class ScriptedLoop:
     context_length = CONTEXT
 
     def __init__(self, tokenizer: Any, token_ids: Sequence[int], *, pause_s: float = 0.0) -> None:
+        self.metrics = Metrics()
         self.requests: list[Request] = []
         self.closed = 0
         self._tokenizer = tokenizer
