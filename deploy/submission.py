@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from deploy.api.errors import bad_request
 from deploy.api.protocol import GenerationRequest
+from deploy.api.response_format import grammar_of
 from deploy.api.translate import sampling_params
 from deploy.choices import Choices
 from deploy.engine_loop import Answer
@@ -36,8 +38,15 @@ async def submit(
             f"{asked} asks for {count} answers; one request may ask for {settings.max_choices}", param=field
         )
     loop, vocab_size = service.loop, service.model.backbone.vocab_size
+    grammar = await asyncio.to_thread(grammar_of, request.response_format)
     params = [
-        sampling_params(request, room=loop.context_length - len(ids), vocab_size=vocab_size, settings=settings)
+        sampling_params(
+            request,
+            room=loop.context_length - len(ids),
+            vocab_size=vocab_size,
+            settings=settings,
+            grammar=grammar,
+        )
         for ids in prompts
     ]
     wanted = [

@@ -14,9 +14,9 @@ from deploy.api.protocol import (
     TokenLimit,
     TopLogprobs,
     Usage,
-    Wire,
     without_no_ops,
 )
+from deploy.api.wire import Wire
 
 REQUEST_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     **NO_OPS,
@@ -27,7 +27,6 @@ REQUEST_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),

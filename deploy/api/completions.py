@@ -7,14 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from deploy.api.protocol import NO_OPS, GenerationRequest, Metrics, TopLogprobs, Usage, Wire
+from deploy.api.protocol import NO_OPS, GenerationRequest, Metrics, TopLogprobs, Usage
+from deploy.api.wire import Wire
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this protocol alone
 
 REQUEST_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     **NO_OPS,
     "echo": (False,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 

@@ -10,9 +10,11 @@ import enum
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from deploy.api.errors import UnsupportedField
+from deploy.api.response_format import ResponseFormat
+from deploy.api.wire import Wire
 from medusa.config import MAX_BIAS, MAX_PENALTY, MAX_TOP_LOGPROBS, Scheme
 
 MAX_STOPS = 16
@@ -54,12 +56,6 @@ def without_no_ops(fields: Any, no_ops: Mapping[str, tuple[Any, ...]]) -> Any:
 
 def _alike(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool)
-
-
-class Wire(BaseModel):
-    """A frozen JSON object that refuses fields it does not know and values of another JSON type."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class UsageIn(enum.Enum):
@@ -106,6 +102,7 @@ class GenerationRequest(Wire):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[TokenKey, Bias] = Field(default={}, max_length=MAX_BIASED_TOKENS)
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's label for abuse reports; changes no answer

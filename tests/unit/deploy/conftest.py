@@ -127,6 +127,7 @@ class ScriptedLoop:
     context_length = CONTEXT
 
     def __init__(self, tokenizer: Any, token_ids: Sequence[int], *, pause_s: float = 0.0) -> None:
+        self.metrics = Metrics()
         self.requests: list[Request] = []
         self.closed = 0
         self._tokenizer = tokenizer
