@@ -87,6 +87,9 @@ def main(
     max_batch_size: Annotated[int, typer.Option(min=1, help="of a server that is started here")] = 32,
     context_length: Annotated[int, typer.Option(min=64, help="of a server that is started here")] = 1024,
     vllm_python: Annotated[Path, typer.Option(help="the Python of vLLM's environment")] = Path("python"),
+    vllm_option: Annotated[
+        list[str] | None, typer.Option(help="for vLLM, as --vllm-option=--enforce-eager; again")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value for our server; again")] = None,
     pid: Annotated[int | None, typer.Option(help="process behind a URL, for its memory")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
@@ -110,7 +113,7 @@ def main(
             "ours": ours(workdir=Path(folder), dtype=dtype, settings=options),
             "vllm": vllm(
                 python=vllm_python, folder=default_backbone(), dtype=dtype, context_length=context_length,
-                max_batch_size=max_batch_size,
+                max_batch_size=max_batch_size, options=vllm_option or (),
             ),
         }  # fmt: skip
         for name in server:

@@ -41,12 +41,14 @@ def ours(*, workdir: Path, dtype: str, settings: Sequence[str] = ()) -> Launch:
     return Launch(name="ours", command=command)
 
 
-def vllm(*, python: Path, folder: Path, dtype: str, context_length: int, max_batch_size: int) -> Launch:
-    """vLLM's own server over the same weights; `python` is that of its environment."""
+def vllm(
+    *, python: Path, folder: Path, dtype: str, context_length: int, max_batch_size: int, options: Sequence[str] = ()
+) -> Launch:
+    """vLLM's own server over the same weights; `python` is that of its environment, `options` are its own."""
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", folder.name,
         "--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype, "--max-model-len", str(context_length),
-        "--max-num-seqs", str(max_batch_size),
+        "--max-num-seqs", str(max_batch_size), *options,
     ]  # fmt: skip
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_cores() - 1}", "VLLM_NO_USAGE_STATS": "1",

@@ -29,7 +29,10 @@ from tests.unit.deploy.kubernetes.rendered import (
 CLUSTERS = {"base": "base", "overlays/laptop-kind": "base", "overlays/gpu": "overlays/gpu"}
 MISSING = "(not there)"
 # Where a pod's configuration may differ from deploy/serve.yaml, which is for a machine.
-OF_A_CLUSTER = {"http_options.host", "applications.0.args.workdir", "applications.0.args.registry"}
+OF_A_CLUSTER = {
+    "http_options.host", "applications.0.args.workdir", "applications.0.args.registry",
+    "applications.0.args.serve.api_keys_file",
+}  # fmt: skip
 OF_ITS_MACHINES = {
     "applications.0.args.serve.max_batch_size", "applications.0.args.serve.context_length",
     "applications.0.deployments.0.autoscaling_config.max_replicas",
@@ -70,6 +73,20 @@ def test_serves_configuration_parses_with_rays_schema_and_ours(name: str) -> Non
         "the champion of the pipelines"
     )
     assert config.workdir == load_config(_file(name)).workdir
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_serving_pod_has_the_keys_and_the_folder_that_its_configuration_names(name: str) -> None:
+    config = Config.model_validate(serve_config(name)["applications"][0]["args"])
+    (workers,) = ray_cluster(the(name, "RayService"))["workerGroupSpecs"]
+    spec = workers["template"]["spec"]
+    mounts = {one["mountPath"]: one["name"] for one in spec["containers"][0]["volumeMounts"]}
+    assert config.serve.api_keys_file is not None, "who is reached from outside asks for a key"
+    keys = mounts[str(config.serve.api_keys_file.parent)]
+    (secret,) = (one["secret"]["secretName"] for one in spec["volumes"] if one["name"] == keys)
+    readme = (ROOT / "deploy" / "kubernetes" / "README.md").read_text()
+    assert f"{secret} --from-file={config.serve.api_keys_file.name}=" in readme
+    assert str(config.workdir) in mounts
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
