@@ -76,7 +76,7 @@ def own_prompts(
     known: set[tuple[str, ...]] = set()
     while time.monotonic() < until:
         for tokens in complete(model, [start] * batch, max_tokens=max_tokens, sample=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             beginning = tuple(text.lower().split()[:_WORDS_THAT_TELL])
             if tokens[-1] in end_ids and len(text) >= _MIN_CHARACTERS and beginning not in known:
                 known.add(beginning)

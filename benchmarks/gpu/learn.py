@@ -187,7 +187,8 @@ def train(
             group["lr"] = group["most"] * share
         parts = [collate(part, device) for part in step]
         denominator = float(sum(max(part.num_answer_tokens, 1) for part in parts))
-        sums, counts, kls = 0, 0, 0.0
+        kls, sums = 0.0, torch.zeros(heads.num_heads, device=device)
+        counts = torch.zeros_like(sums)
         for part in parts:
             with cast:
                 if layers is None:
@@ -204,7 +205,7 @@ def train(
         log.steps += 1
         log.tokens += sum(len(prompt) + len(answer) for part in step for prompt, answer in part)
         if log.steps % every == 1 or every == 1:
-            means = (sums / counts).tolist()  # type: ignore[union-attr,operator]
+            means = (sums / counts.clamp_min(1)).tolist()
             entry = {"step": log.steps, "tokens": log.tokens, "seconds": time.monotonic() - began, "kl": kls}
             log.entries.append(entry | {f"head{k}": value for k, value in enumerate(means, start=1)})
     return log

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,9 +20,9 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.command import console
+from benchmarks.command import console, run_app
 from benchmarks.gpu.answers import SELF_PROMPTED, answer, asked_prompts, own_prompts
 from benchmarks.gpu.learn import Log, Row, Settings, train
 from benchmarks.gpu.low_rank import adapt, exported
@@ -58,11 +57,9 @@ def answer_command(
     """Answer what is given, then what the backbone writes: a third of the time to write, the rest to answer."""
     began = time.monotonic()
     folder = default_backbone() if backbone == DEFAULT_BACKBONE else Path(backbone)
-    model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device == "cuda" else None)
-        .to(device)
-        .eval()
-    )
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map={"": device})
+    model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = [row for file in prompts or [] for row in asked_prompts(file)]
     written = own_prompts(model, tokenizer, batch=batch, max_tokens=128, until=began + 20 * minutes)
@@ -88,7 +85,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[Row]]:
             if len(row["response_ids"]) > 1:
                 (held if is_held_out(row["id"]) else learn).append((row["prompt_ids"], row["response_ids"]))
     if not learn:
-        raise typer.BadParameter(f"no answers in {folder}; run `answer` first", param_hint="--data")
+        raise ValueError(f"no answers in {folder}; run `answer` first")
     return learn, held[:MAX_HELD_OUT] or learn[:1]
 
 
@@ -191,5 +188,4 @@ def card(settings: Settings, log: Log, *, rows: int, seconds: float, rank: int, 
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    app()
+    run_app(app)

@@ -171,5 +171,5 @@ def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_pa
         assert model.generate("Hello", max_tokens=12).token_ids == plain
         assert len(json.loads(folder.with_suffix(".json").read_text())["top"]["1"]) == 2
     empty = run(train_default.app, [*learning[:1], "--data", str(tmp_path / "none"), "--out", str(first), *common])
-    assert empty.exit_code == 2
-    assert "run `answer` first" in empty.output
+    assert isinstance(empty.exception, ValueError)
+    assert "run `answer` first" in str(empty.exception)
