@@ -35,9 +35,16 @@ def describe(backbone: str, dtype: str, rows: Sequence[Prompt], file: Path | Non
 
 def run_command(command: Callable[..., None]) -> None:
     """A command line with one-line errors: exit code 2 for what the user can put right."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """The same for several commands."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        typer.run(command)
+        app()
     except (MedusaError, ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None

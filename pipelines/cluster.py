@@ -97,14 +97,21 @@ def _start(config: Config) -> None:
             name = f"ray.address={address}" if settings.address else f"RAY_ADDRESS={address}"
             raise StageError(f"no Ray cluster at {name} ({reason}); start one, or set ray.address to local") from None
         return
-    ray.init(
-        address="local",
-        num_cpus=settings.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=None if settings.object_store_mb is None else settings.object_store_mb * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,  # stages tell of their progress themselves; workers' logs lie in Ray's session folder
-        logging_level=logging.WARNING,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=None if settings.object_store_mb is None else settings.object_store_mb * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,  # stages tell of their progress themselves; workers' logs lie in Ray's session folder
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # a bare Exception is what Ray raises
+        if "timed out during startup" not in str(error):
+            raise
+        raise StageError(
+            "Ray did not start in time: the machine is too busy, or short of memory; run this again"
+        ) from error
 
 
 def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.replay`: acceleration rates of many trees and sets of heads, from one plain decoding of the prompts.
+
+Greedy answers do not depend on the tree, so each tree's steps are counted by replaying them (`medusa.replay`; a test holds
+it to the engine's own count). With `--calibration` it also grows trees for each set of heads, from answers to those
+prompts, taking the heads for independent and counting them together, and `--keep` writes the heads with the tree that
+was grown together: calibrate on prompts that are not those of the measurement. Counts steps; times nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+import medusa
+from benchmarks.acceptance import answer_all
+from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
+from benchmarks.machine import describe_machine, num_cores
+from benchmarks.prompts import Prompt, built_in, read_prompts
+from benchmarks.report import Grid, save
+from medusa.checkpoint import save_checkpoint
+from medusa.config import SamplingParams
+from medusa.generate import Model
+from medusa.provision import DEFAULT_BACKBONE
+from medusa.replay import grow_from_ranks, guessed_ranks, num_steps
+from medusa.tree import Path as TreePath
+from medusa.tree import Tree
+from medusa.tree_search import MAX_RANKS, grow_paths
+
+MAX_NODES = 64
+STORED, APART, TOGETHER = "stored tree", "grown apart", "grown together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A prompt's answer as the ranks [P,K] at which the heads guessed it."""
+
+    category: str
+    ranks: Tensor
+
+
+def replayed(model: Model, prompts: Sequence[Prompt], *, max_tokens: int, batch: int) -> list[Replayed]:
+    """Answer the prompts plainly and look the heads' guesses up. Answers of one token have no step and are left out."""
+    params = SamplingParams(max_tokens=max_tokens)
+    done = answer_all(model, Tree.root_only(), prompts, params=params, max_batch_size=batch)
+    kept = [prompt for prompt in prompts if done[prompt.id].error is None and len(done[prompt.id].token_ids) > 1]
+    pairs = [(model.encode(list(prompt.messages)), done[prompt.id].token_ids) for prompt in kept]
+    assert model.heads is not None
+    found = guessed_ranks(model.backbone, model.heads, pairs)
+    return [Replayed(category=prompt.category, ranks=ranks) for prompt, ranks in zip(kept, found, strict=True)]
+
+
+def rates(answers: Sequence[Replayed], tree: Tree) -> dict[str, float]:
+    """Acceleration rate by category and over `all`."""
+    steps = [(answer.category, len(answer.ranks), num_steps(answer.ranks, tree)) for answer in answers]
+    categories = dict.fromkeys([*(category for category, _, _ in steps), "all"])
+    chosen = {name: [row for row in steps if name in (row[0], "all")] for name in categories}
+    return {name: sum(row[1] for row in rows) / sum(row[2] for row in rows) for name, rows in chosen.items()}
+
+
+def grown(answers: Sequence[Replayed]) -> dict[str, list[TreePath]]:
+    """The paths of both ways to grow a tree from calibration answers."""
+    ranks = torch.cat([answer.ranks for answer in answers])
+    accuracy = torch.stack([(ranks == rank).double().mean(dim=0) for rank in range(MAX_RANKS)], dim=1)
+    return {APART: grow_paths(accuracy, MAX_NODES), TOGETHER: grow_from_ranks(ranks, MAX_NODES)}
+
+
+def keep(model: Model, paths: list[TreePath], folder: Path) -> None:
+    """The model's heads with another tree; their card says so."""
+    old = model.checkpoint
+    assert old is not None
+    how = "Grown from answers to calibration prompts, heads counted together"
+    told = f"{how}: `python -m benchmarks.replay`, {datetime.now(UTC).date()}."
+    save_checkpoint(
+        folder, old.heads, paths=paths, backbone_name=old.backbone_name, backbone_fingerprint=old.backbone_fingerprint,
+        default_nodes=old.default_nodes, accuracy=old.accuracy, adapters=old.adapters, card=old.card | {"Tree": told},
+    )  # fmt: skip
+
+
+def main(
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="JSONL of other prompts, to grow trees from")] = None,
+    backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
+    heads: Annotated[list[str] | None, typer.Option(help="'default' or a heads folder; repeat it to compare")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 makes the count exact")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
+    tree: Annotated[list[int] | None, typer.Option(help="nodes of the trees; repeat it (default: 16, 64)")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    batch: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
+    calibration_limit: Annotated[int | None, typer.Option(min=1)] = 160,
+    kept: Annotated[
+        Path | None, typer.Option("--keep", help="folder for the last heads with the tree grown together")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
+) -> None:
+    """Compare trees and sets of heads on a prompts file."""
+    if kept is not None and calibration is None:
+        raise ValueError("--keep stores a tree grown from --calibration; give both")
+    torch.set_num_threads(threads or num_cores())
+    machine = describe_machine("benchmarks.replay")
+    rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
+    others = read_prompts(calibration, limit=calibration_limit) if calibration else []
+    found: dict[str, dict[str, float]] = {}
+    for name in heads or ["default"]:
+        model = medusa.load(backbone, heads=name, dtype=dtype, device=device)
+        assert model.checkpoint is not None
+        paths = {STORED: list(model.checkpoint.paths)}
+        if others:
+            paths |= grown(replayed(model, others, max_tokens=max_tokens, batch=batch))
+        answers = replayed(model, rows, max_tokens=max_tokens, batch=batch)
+        for how, size in ((how, size) for how in paths for size in tree or (16, 64)):
+            found[f"{Path(name).name}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
+        if kept is not None:
+            keep(model, paths[TOGETHER], kept)
+    categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))
+    table = Grid(
+        title="Acceleration rate, greedy, replayed",
+        columns=("heads, tree, nodes", *categories),
+        rows=[[name, *(f"{by[one]:.2f}" if one in by else "–" for one in categories)] for name, by in found.items()],
+    )
+    table.show(console)
+    kind = dtype_name(model)
+    settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "calibration prompts": len(others)}
+    stem = f"replay-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    title = f"Acceleration rate by replay, {kind}"
+    page = save(output, stem, title=title, machine=machine, settings=settings, grids=[table], figures={"rates": found})
+    console.print(f"saved {page}")
+
+
+if __name__ == "__main__":
+    run_command(main)
