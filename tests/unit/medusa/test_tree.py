@@ -89,4 +89,7 @@ def test_device_tables_repeat_the_tree() -> None:
     tree = Tree.from_paths([(0,), (1,), (0, 2)])
     tables = tree.on(torch.device("cpu"))
     assert tables.ranks.tolist() == [0, 0, 1, 2]
-    assert [level.tolist() for level in tables.levels] == [[0], [1, 2], [3]]
+    rows = tables.rows(2)
+    assert rows.depths.tolist() == [[0, 1, 1, 2]] * 2 and rows.parents.tolist() == [[-1, 0, 0, 1]] * 2
+    node = torch.tensor([3, 2])
+    assert rows.path_to(node).tolist() == [[0, 1, 3], [0, 2, -1]] and rows.depth_of(node).tolist() == [2, 1]
