@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from medusa.tree import DeviceTree, RowTrees, Tree
+from medusa.tree_search import grow_paths
 
 SUPERSET_NODES = 257  # 256 paths and the root
 
@@ -133,10 +134,8 @@ def dynamic_candidates(
     return tokens, rows_of(superset, kept)
 
 
-def superset_paths(accuracy: Sequence[Sequence[float]] | None, paths: Sequence[Sequence[int]]) -> Tree:
+def superset_tree(accuracy: Sequence[Sequence[float]] | None, paths: Sequence[Sequence[int]]) -> Tree:
     """What a dynamic tree chooses from: the best large tree by the heads' measured `accuracy` [K][R], or these paths."""
-    from medusa.tree_search import grow_paths
-
     if accuracy is None:
         return Tree.from_paths(paths)
     return Tree.from_paths(grow_paths(torch.tensor(accuracy, dtype=torch.float64), SUPERSET_NODES))
