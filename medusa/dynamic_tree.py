@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medusa.tree import DeviceTree, RowTrees, Tree
+from medusa.tree import DeviceTree, Path, RowTrees, Tree
 from medusa.tree_search import grow_paths
 
 SUPERSET_NODES = 257  # 256 paths and the root
@@ -23,7 +23,7 @@ SUPERSET_NODES = 257  # 256 paths and the root
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicTree:
-    """The best `num_nodes` nodes of `superset`, chosen anew for each sequence and step.
+    """The best `num_nodes` nodes of `superset` (in growth order), chosen anew for each sequence and step.
 
     `temperatures` [K] calibrate the heads: log-probabilities are those of their logits divided by them. Without, 1.
     """
@@ -40,11 +40,6 @@ class DynamicTree:
         if self.temperatures is not None and not all(value > 0 for value in self.temperatures):
             raise ValueError(f"head temperatures must lie above 0, got {list(self.temperatures)}")
 
-    @property
-    def depth(self) -> int:
-        """How many heads it needs."""
-        return 0 if self.num_nodes == 1 else self.superset.depth
-
     def check_fits(self, *, num_heads: int, vocab_size: int) -> None:
         """ValueError as of `Tree`; and for another number of temperatures than heads."""
         self.superset.check_fits(num_heads=num_heads, vocab_size=vocab_size)
@@ -55,8 +50,18 @@ class DynamicTree:
         """The same choice with fewer nodes: the first of those kept, since they stand in the order of their scores."""
         return replace(self, num_nodes=num_nodes)
 
-    def on(self, device: torch.device) -> DeviceDynamicTree:
-        """Its tables on a device."""
+    def __str__(self) -> str:
+        return f"dynamic tree of {self.num_nodes}"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The static tree of this size: what a dynamic one is expected to be worth at least."""
+        return self.superset.first(self.num_nodes).paths
+
+    def on(self, device: torch.device) -> DeviceTree | DeviceDynamicTree:
+        """Its tables on a device; of one node there is nothing to choose."""
+        if self.num_nodes == 1:
+            return Tree.root_only().on(device)
         order = sorted(range(self.superset.num_nodes), key=lambda node: (self.superset.depths[node], node))
         given = self.temperatures
         return DeviceDynamicTree(
@@ -78,7 +83,7 @@ class DeviceDynamicTree:
 
     @property
     def depth(self) -> int:
-        return 0 if self.num_nodes == 1 else self.superset.depth
+        return self.superset.depth
 
     @property
     def width(self) -> int:
@@ -134,8 +139,8 @@ def dynamic_candidates(
     return tokens, rows_of(superset, kept)
 
 
-def superset_tree(accuracy: Sequence[Sequence[float]] | None, paths: Sequence[Sequence[int]]) -> Tree:
+def superset_tree(accuracy: Sequence[Sequence[float]] | None, paths: Sequence[Path]) -> Tree:
     """What a dynamic tree chooses from: the best large tree by the heads' measured `accuracy` [K][R], or these paths."""
     if accuracy is None:
-        return Tree.from_paths(paths)
-    return Tree.from_paths(grow_paths(torch.tensor(accuracy, dtype=torch.float64), SUPERSET_NODES))
+        return Tree.grown(paths)
+    return Tree.grown(grow_paths(torch.tensor(accuracy, dtype=torch.float64), SUPERSET_NODES))

@@ -78,6 +78,9 @@ class Tree:
             raise ValueError(f"num_nodes must lie in [1, {self.num_nodes}], the nodes of this tree, got {num_nodes}")
         return Tree(self.paths[:num_nodes])
 
+    def __str__(self) -> str:
+        return f"tree of {self.num_nodes}"
+
     @property
     def num_nodes(self) -> int:
         """N, the root included."""

@@ -45,7 +45,7 @@ def test_bench_compares_like_with_like(tiny_folder: Path, heads_folder: Path, tm
     out = tmp_path / "results"
     bench.main(
         backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
-        max_tokens=NUM_TOKENS, tree=[2, 5], repeats=2, limit=2, output=out,
+        max_tokens=NUM_TOKENS, tree=["2", "5"], repeats=2, limit=2, output=out,
     )  # fmt: skip
     (page,), (record,) = out.glob("*.md"), out.glob("*.json")
     figures = json.loads(record.read_text())["figures"]
@@ -66,7 +66,7 @@ def test_without_sizes_the_models_own_tree_is_measured(tiny_folder: Path, heads_
     (record,) = tmp_path.glob("acceptance-*.json")
     (rates,) = json.loads(record.read_text())["figures"]["acceleration_rate"].items()
     size, by_category = rates
-    assert size == "3"
+    assert size == "tree of 3"
     assert set(by_category) == {*(prompt.category for prompt in bench.built_in()), "all"}
     assert min(by_category.values()) <= by_category["all"] <= max(by_category.values())
 
