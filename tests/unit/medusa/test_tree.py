@@ -81,7 +81,11 @@ def test_a_tree_deeper_than_the_heads_or_wider_than_the_vocabulary_is_refused_by
 
 @given(trees())
 def test_children_are_the_nodes_whose_parent_a_node_is(tree: Tree) -> None:
-    found = {(above, node) for above, below in enumerate(tree.children) for node in below}
+    found = {
+        (above, node)
+        for above, below in enumerate(tree.on(torch.device("cpu")).rows(2).children_of(1))
+        for node in below
+    }
     assert found == {(parent, node) for node, parent in enumerate(tree.parents) if node}
 
 
