@@ -65,8 +65,8 @@ class Checkpoint:
     def dynamic_tree(self, num_nodes: int | None = None) -> DynamicTree:
         """The best nodes of a large tree for each context, as many as `tree` has (or all there are, if fewer)."""
         superset = superset_tree(self.accuracy, self.paths)
-        wanted = num_nodes or min(self.default_nodes or len(self.paths) + 1, superset.num_nodes)
-        return DynamicTree(superset=superset, num_nodes=wanted)
+        own = min(self.default_nodes or len(self.paths) + 1, superset.num_nodes)
+        return DynamicTree(superset=superset, num_nodes=own if num_nodes is None else num_nodes)
 
 
 def save_checkpoint(
