@@ -21,6 +21,7 @@ from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import Prompt, built_in, read_prompts
 from benchmarks.report import Grid, save
 from medusa.config import SamplingParams
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Completion, Engine, Request
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
@@ -28,7 +29,7 @@ from medusa.tree import Tree
 
 
 def answer_all(
-    model: Model, tree: Tree, prompts: Sequence[Prompt], *, params: SamplingParams, max_batch_size: int
+    model: Model, tree: Tree | DynamicTree, prompts: Sequence[Prompt], *, params: SamplingParams, max_batch_size: int
 ) -> dict[str, Completion]:
     """Prompt's id → its completion. Every prompt is answered, whatever order they finish in."""
     encoded = {prompt.id: model.encode(list(prompt.messages)) for prompt in prompts}
@@ -40,8 +41,7 @@ def answer_all(
         context_length=min(length, model.backbone.max_context),
     )  # fmt: skip
     requests = [Request(prompt_ids=ids, params=params, request_id=name) for name, ids in encoded.items()]
-    title = f"tree of {tree.num_nodes}"
-    done = track(engine.run(requests), description=title, total=len(requests), console=console, transient=True)
+    done = track(engine.run(requests), description=str(tree), total=len(requests), console=console, transient=True)
     completions = {completion.request_id: completion for completion in done}
     for name, completion in completions.items():
         if completion.error is not None:
@@ -70,7 +70,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
-    tree: Annotated[list[int] | None, typer.Option(help="nodes of the tree; repeat it to compare several")] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="nodes of the tree, or dynamic:N; repeat it to compare several")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
     batch: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
@@ -85,13 +87,12 @@ def main(
     trees = choose_trees(model, tree or [])
     params = SamplingParams(max_tokens=max_tokens)
     rates = {
-        t.num_nodes: rates_by_category(rows, answer_all(model, t, rows, params=params, max_batch_size=batch))
-        for t in trees
+        str(t): rates_by_category(rows, answer_all(model, t, rows, params=params, max_batch_size=batch)) for t in trees
     }
     categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))
     table = Grid(
         title="Acceleration rate, greedy",
-        columns=("prompts", *(f"tree of {size}" for size in rates)),
+        columns=("prompts", *rates),
         rows=[[name, *(f"{by[name]:.2f}" if name in by else "–" for by in rates.values())] for name in categories],
     )
     table.show(console)
@@ -99,7 +100,7 @@ def main(
         kind = dtype_name(model)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "batch": batch}
         stem = f"acceptance-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
-        figures: dict[str, object] = {"acceleration_rate": {str(size): by for size, by in rates.items()}}
+        figures: dict[str, object] = {"acceleration_rate": rates}
         title = f"Acceleration rate, {kind}"
         page = save(output, stem, title=title, machine=machine, settings=settings, grids=[table], figures=figures)
         console.print(f"saved {page}")

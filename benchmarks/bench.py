@@ -23,6 +23,7 @@ from benchmarks.contenders import Contender, OurEngine, TransformersGenerate
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import built_in, read_prompts
 from benchmarks.report import Grid, machine_lines, save
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
@@ -90,13 +91,15 @@ def _agreement_cells(agreement: Agreement) -> list[str]:
     ]
 
 
-def make_contenders(model: Model, source: str | Path, trees: Sequence[Tree], *, context_length: int) -> list[Contender]:
+def make_contenders(
+    model: Model, source: str | Path, trees: Sequence[Tree | DynamicTree], *, context_length: int
+) -> list[Contender]:
     """`generate`, plain, and one engine for each tree, in this order."""
     backbone = model.backbone
     engines = [("plain", Engine(backbone, max_batch_size=1, context_length=context_length))]
     for tree in trees:
         engine = Engine(backbone, model.heads, tree=tree, max_batch_size=1, context_length=context_length)
-        engines.append((f"tree of {tree.num_nodes}", engine))
+        engines.append((str(tree), engine))
     generate = TransformersGenerate(source, dtype=backbone.dtype, device=backbone.device)
     return [generate, *(OurEngine(engine, name=name) for name, engine in engines)]
 
@@ -108,7 +111,9 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
     max_tokens: Annotated[int, typer.Option(min=2, help="length of every answer")] = 128,
-    tree: Annotated[list[int] | None, typer.Option(help="nodes of the tree; repeat it to compare several")] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="nodes of the tree, or dynamic:N; repeat it to compare several")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.prompts import Prompt
+from medusa.dynamic_tree import DynamicTree
 from medusa.errors import MedusaError
 from medusa.generate import Model
 from medusa.tree import Tree
@@ -18,9 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 console = Console()
 
 
-def choose_trees(model: Model, sizes: Sequence[int]) -> list[Tree]:
-    """The best tree of each size; without sizes the model's own. ValueError for a size that the heads cannot fill."""
-    return [model.resolve_tree(size) for size in dict.fromkeys(sizes)] or [model.tree]
+def choose_trees(model: Model, choices: Sequence[str | int]) -> list[Tree | DynamicTree]:
+    """The best tree of each size, or "dynamic:N"; without any the model's own. ValueError for what the heads cannot fill."""
+    return [model.resolve_tree(choice) for choice in dict.fromkeys(choices)] or [model.tree]
 
 
 def dtype_name(model: Model) -> str:

@@ -97,7 +97,14 @@ Acceptance = Annotated[
 ]
 Epsilon = Annotated[float | None, typer.Option(help="Typical acceptance: hard threshold, 0.09.")]
 Delta = Annotated[float | None, typer.Option(help="Typical acceptance: entropy factor, 0.3.")]
-TreeNodes = Annotated[int | None, typer.Option("--tree", help="Nodes of the tree. Default: the checkpoint's choice.")]
+TreeChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--tree",
+        metavar="N|dynamic[:N]",
+        help="Nodes of the tree; dynamic: the likeliest for each context. Default: the checkpoint's choice.",
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or a shipped name: laptop, cluster.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file.")]
 
@@ -121,7 +128,7 @@ def generate(
     acceptance: Acceptance = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
-    tree: TreeNodes = None,
+    tree: TreeChoice = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Answer one prompt, streaming."""
@@ -160,7 +167,7 @@ def chat(
     acceptance: Acceptance = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
-    tree: TreeNodes = None,
+    tree: TreeChoice = None,
 ) -> None:
     """Talk with the model."""
     from deploy.chat import Conversation, converse
@@ -320,7 +327,7 @@ def _sampling(**given: Any) -> dict[str, Any]:
 
 
 def _load(
-    backbone: str, heads: str, *, plain: bool, tree: int | None, dtype: str, device: Device | None, force: bool
+    backbone: str, heads: str, *, plain: bool, tree: str | None, dtype: str, device: Device | None, force: bool
 ) -> Model:
     """The model, what can be refused without loading it refused first."""
     _quiet()

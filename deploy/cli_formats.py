@@ -19,7 +19,7 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="vllm, reference (the layout that fits), reference-pt, reference-safetensors or reference-full."
+            help="vllm, vllm-token-map, reference (the layout that fits), reference-pt, reference-safetensors, reference-full."
         ),
     ],
     backbone: Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")] = "smollm2-135m",

@@ -39,7 +39,7 @@ class EngineMaker:
         engine = Engine(
             model.backbone,
             model.heads,
-            tree=model.tree,
+            tree=model.resolve_tree(settings.tree),
             max_batch_size=settings.max_batch_size,
             context_length=min(settings.context_length, model.backbone.max_context),
             prefix_cache_tokens=settings.prefix_cache_tokens,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medusa.sampling import TYPICAL, SamplingRows, draw, filter_logits
-from medusa.tree import DeviceTree
+from medusa.tree import RowTrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Acceptance:
     next_root: Tensor
 
 
-def accept(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
+def accept(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
     """tokens [B,N] (the root first), logits [B,N,V] of the verified nodes, position [B] of the root in its sequence.
 
     Where rows ask for penalties, biases or a grammar, their logits are edited in place first.
@@ -50,7 +50,7 @@ def accept(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows,
     )
 
 
-def walk(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
+def walk(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor) -> Acceptance:
     """Greedy and rejection acceptance. The backbone chooses only along the path walked."""
     batch = torch.arange(tokens.shape[0], device=tokens.device)
     node = torch.zeros_like(root_position)
@@ -68,11 +68,11 @@ def walk(tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, r
         if tokens.device.type == "cpu" and not moving.any():
             break
         node = torch.where(moving, match.to(torch.int8).argmax(dim=-1), node)
-    return Acceptance(node=node, num_accepted=tree.depths[node], next_root=next_root)
+    return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
 
 
 def accept_typical(
-    tree: DeviceTree, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor
+    tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows, root_position: Tensor
 ) -> Acceptance:
     """Accept x below its parent when p(x) > min(ε, δ·exp(−H)), p and H the backbone's at the parent and temperature.
 
@@ -81,13 +81,13 @@ def accept_typical(
     """
     batch, num_nodes = tokens.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    parents = tree.parents[1:]
+    parents = tree.parents[:, 1:]
     log_probs = torch.log_softmax(logits.to(wide) / rows.temperature.to(wide)[:, None, None], dim=-1)
     entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(wide).min)).sum(dim=-1)
     threshold = torch.minimum(rows.epsilon[:, None], rows.delta[:, None] * torch.exp(-entropy))
     rows_of_batch = torch.arange(batch, device=tokens.device)[:, None]
     log_p = log_probs[rows_of_batch, parents, tokens[:, 1:]]
-    good = log_p.exp() > threshold[:, parents]
+    good = log_p.exp() > threshold.gather(1, parents)
     if rows.any_filter:
         flat = log_probs.flatten(0, 1)
         top_k, top_p = (x.repeat_interleave(num_nodes) for x in (rows.top_k, rows.top_p))
@@ -98,18 +98,19 @@ def accept_typical(
 
     accepted = torch.ones(batch, num_nodes, dtype=torch.bool, device=tokens.device)
     score = torch.zeros(batch, num_nodes, dtype=wide, device=tokens.device)
-    for level in tree.levels[1:]:
-        parent = tree.parents[level]
-        accepted[:, level] = accepted[:, parent] & good[:, level - 1]
-        score[:, level] = score[:, parent] + log_p[:, level - 1]
+    for depth in range(1, tree.depth + 1):
+        here = tree.depths[:, 1:] == depth
+        accepted[:, 1:] = torch.where(here, accepted.gather(1, parents) & good, accepted[:, 1:])
+        score[:, 1:] = torch.where(here, score.gather(1, parents) + log_p, score[:, 1:])
     reach = torch.where(accepted, tree.depths, -1)
     longest = reach == reach.max(dim=-1, keepdim=True).values
     node = score.masked_fill(~longest, float("-inf")).argmax(dim=-1)
-    depth = tree.depths[node]
+    num_accepted = tree.depth_of(node)
     last = logits[rows_of_batch.squeeze(1), node]
-    return Acceptance(node=node, num_accepted=depth, next_root=draw(last, rows, root_position + depth + 1))
+    next_root = draw(last, rows, root_position + num_accepted + 1)
+    return Acceptance(node=node, num_accepted=num_accepted, next_root=next_root)
 
 
-def _within(rows: SamplingRows, tree: DeviceTree) -> Tensor:
+def _within(rows: SamplingRows, tree: RowTrees) -> Tensor:
     """[B,N] bool: may this row accept this node?"""
     return torch.arange(tree.num_nodes, device=rows.max_nodes.device) < rows.max_nodes[:, None]

@@ -77,18 +77,20 @@ def step_mask(
 ) -> Tensor:
     """Additive mask [B,1,N,length] for N new positions behind a prefix of `offsets` [B] positions.
 
-    `visible` [N,N] says which new positions see which, `depths` [N] how far each lies behind the prefix. A chunk of a
-    prompt is the chain: depths 0…N−1 and a lower triangle.
+    `visible` [N,N] says which new positions see which, `depths` [N] how far each lies behind the prefix; each sequence may
+    have its own, [B,N,N] and [B,N]. A chunk of a prompt is the chain: depths 0…N−1 and a lower triangle.
     """
-    num_new = depths.shape[0]
+    batch, num_new = len(offsets), depths.shape[-1]
+    depths, visible = depths.expand(batch, -1), visible.expand(batch, -1, -1)
     slot = torch.arange(length, device=offsets.device)
     behind = slot[None, :] - offsets[:, None]
     inside = (behind >= 0) & (behind < num_new)
     node = behind.clamp(0, num_new - 1)
-    seen = (behind < 0)[:, None, :] | (inside[:, None, :] & visible[:, node].transpose(0, 1))
+    below = visible.gather(2, node[:, None, :].expand(-1, num_new, -1))
+    seen = (behind < 0)[:, None, :] | (inside[:, None, :] & below)
     if window is not None:
-        key_depth = torch.where(inside, depths[node], behind)
-        seen = seen & (depths[None, :, None] - key_depth[:, None, :] < window)
+        key_depth = torch.where(inside, depths.gather(1, node), behind)
+        seen = seen & (depths[:, :, None] - key_depth[:, None, :] < window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=offsets.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
 

@@ -44,7 +44,10 @@ CHECK_TEXT = "The quick brown fox jumps over the lazy dog."
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where new positions go and what they see: the offsets of B rows, N new positions, the first `length` cache slots."""
+    """Where new positions go and what they see: the offsets of B rows, N new positions, the first `length` cache slots.
+
+    `depths` [N] and `visible` [N,N] are those of all rows, or [B,N] and [B,N,N] each row's own.
+    """
 
     first_slot: int
     offsets: Tensor

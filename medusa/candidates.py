@@ -11,17 +11,24 @@ from torch import Tensor
 from medusa.tree import DeviceTree
 
 
-def ranked_tokens(logits: Tensor, num_ranks: int, vocabulary: Tensor | None = None) -> Tensor:
-    """logits [...,V] → ids of the `num_ranks` best tokens [...,R], best first; of equal logits the lowest id comes first.
+def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:
+    """logits [...,V] → where the `num_ranks` best stand [...,R], best first; of equal logits the first comes first.
 
-    Where the logits are those of a `vocabulary` [V] of ascending ids, those ids come back. Low-precision logits tie
-    often and `topk` orders ties as it likes, so value and id are ranked as one integer.
+    Low-precision logits tie often and `topk` orders ties as it likes, so value and place are ranked as one integer.
     """
     bits = logits.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    keys = torch.topk(ordered * 2**31 - ids, num_ranks, dim=-1).values
-    places = -keys & (2**31 - 1)
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    keys = torch.topk(ordered * 2**31 - places, num_ranks, dim=-1).values
+    return -keys & (2**31 - 1)
+
+
+def ranked_tokens(logits: Tensor, num_ranks: int, vocabulary: Tensor | None = None) -> Tensor:
+    """logits [...,V] → ids of the `num_ranks` best tokens [...,R], best first; of equal logits the lowest id comes first.
+
+    Where the logits are those of a `vocabulary` [V] of ascending ids, those ids come back.
+    """
+    places = ranked_places(logits, num_ranks)
     return places if vocabulary is None else vocabulary[places]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from medusa.adapters import Adapters, load_adapters, save_adapters
 from medusa.backbone import Backbone
 from medusa.config import HeadsConfig
+from medusa.dynamic_tree import DynamicTree, superset_tree
 from medusa.errors import CheckpointError
 from medusa.folders import whole_folder
 from medusa.heads import MedusaHeads
@@ -60,6 +61,12 @@ class Checkpoint:
         if not 1 <= wanted <= len(self.paths) + 1:
             raise ValueError(f"tree must have 1 to {len(self.paths) + 1} nodes with these heads, got {wanted}")
         return Tree.grown(self.paths[: wanted - 1])
+
+    def dynamic_tree(self, num_nodes: int | None = None) -> DynamicTree:
+        """The best nodes of a large tree for each context, as many as `tree` has (or all there are, if fewer)."""
+        superset = superset_tree(self.accuracy, self.paths)
+        own = min(self.default_nodes or len(self.paths) + 1, superset.num_nodes)
+        return DynamicTree(superset=superset, num_nodes=own if num_nodes is None else num_nodes)
 
 
 def save_checkpoint(

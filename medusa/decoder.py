@@ -16,10 +16,11 @@ from torch import Tensor
 from medusa.acceptance import accept
 from medusa.backbone import Backbone, Placement
 from medusa.candidates import static_candidates
+from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree, dynamic_candidates
 from medusa.heads import MedusaHeads
 from medusa.logprobs import TokenLogprobs
 from medusa.sampling import SamplingRows
-from medusa.tree import DeviceTree, Tree
+from medusa.tree import DeviceTree, RowTrees, Tree
 
 LENGTH_BUCKET = 128
 CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,7 +49,7 @@ class Decoder:
         self,
         backbone: Backbone,
         heads: MedusaHeads | None,
-        tree: Tree,
+        tree: Tree | DynamicTree,
         *,
         num_slots: int,
         context_length: int,
@@ -62,7 +63,8 @@ class Decoder:
         self.heads = heads
         self.head_reader = backbone.lm_head_for(heads.vocabulary) if heads else backbone
         self.shape = tree
-        self._trees: dict[int, DeviceTree] = {}
+        self._trees: dict[int, DeviceTree | DeviceDynamicTree] = {}
+        self._root_only = Tree.root_only().on(device)
         self.num_slots = num_slots
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
@@ -115,7 +117,7 @@ class Decoder:
         logits = self.backbone.logits(self.hidden[slots])[:, None]
         before = rows.logprobs.before_edits(logits)
         node = torch.zeros_like(self.roots[slots])[:, None]
-        roots = accept(self.tree_of(1), node, logits, rows, self.lengths[slots] - 1).next_root
+        roots = accept(self._root_only.rows(len(node)), node, logits, rows, self.lengths[slots] - 1).next_root
         self.roots[slots] = roots
         emitted = [[root] for root in roots.tolist()]
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
@@ -132,15 +134,15 @@ class Decoder:
     def step(
         self, num_rows: int, rows: SamplingRows, *, live: int | None = None, nodes: int | None = None
     ) -> StepTokens:
-        """Advance sequences 0…live−1 by one tree: the first `nodes` nodes of this decoder's, all of them by default.
+        """Advance sequences 0…live−1 by one tree: the first `nodes` nodes of this decoder's, all of them by default;
+        where it is dynamic, each row's best.
 
         Rows up to `num_rows` (default: the live ones) are computed with them so that shapes repeat. Whatever sequence lies
         there stays as it is: what is written goes behind its length. One transfer to the host, at the end.
         """
-        tree = self.tree_of(nodes or self.shape.num_nodes)
         everyone, advancing = slice(0, num_rows), slice(0, num_rows if live is None else live)
         offsets = self.lengths[everyone]
-        tokens = self.propose(everyone, tree)
+        tokens, tree = self.propose(everyone, self.tree_of(nodes or self.shape.num_nodes))
         placement = Placement(
             first_slot=0,
             offsets=offsets,
@@ -155,7 +157,7 @@ class Decoder:
 
         tokens, offsets, node = tokens[advancing], offsets[advancing], accepted.node[advancing]
         num_accepted, next_root = accepted.num_accepted[advancing], accepted.next_root[advancing]
-        path = tree.node_paths[node]
+        path = tree.path_to(node)
         if tree.num_nodes > 1:
             self.cache.compact(first_slot=0, offsets=offsets, kept=path)
         self.hidden[advancing] = hidden[torch.arange(len(node), device=node.device), node]
@@ -165,7 +167,7 @@ class Decoder:
         emitted = self._to_host(below, num_accepted, next_root)
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, path, emitted))
 
-    def tree_of(self, nodes: int) -> DeviceTree:
+    def tree_of(self, nodes: int) -> DeviceTree | DeviceDynamicTree:
         """The first `nodes` nodes of this decoder's tree."""
         if nodes not in self._trees:
             self._trees[nodes] = self.shape.first(nodes).on(self.backbone.device)
@@ -181,12 +183,18 @@ class Decoder:
             self.free(slot)
             self._set_length(slot, length)
 
-    def propose(self, batch: slice, tree: DeviceTree) -> Tensor:
-        """Candidate tokens [B,N] of those sequences, the root first."""
+    def propose(self, batch: slice, tree: DeviceTree | DeviceDynamicTree) -> tuple[Tensor, RowTrees]:
+        """Candidate tokens [B,N] of those sequences, the root first, and the trees that they stand in."""
+        roots, hidden = self.roots[batch], self.hidden[batch]
         if self.heads is None or tree.depth == 0:
-            return static_candidates(tree, self.roots[batch], None)
-        best = self.heads.guesses(self.hidden[batch], self.head_reader, num_ranks=tree.width, num_heads=tree.depth)
-        return static_candidates(tree, self.roots[batch], best)
+            return roots[:, None], self._root_only.rows(len(roots))
+        if isinstance(tree, DeviceTree):
+            best = self.heads.guesses(hidden, self.head_reader, num_ranks=tree.width, num_heads=tree.depth)
+            return static_candidates(tree, roots, best), tree.rows(len(roots))
+        best, log_probs = self.heads.weighed_guesses(
+            hidden, self.head_reader, num_ranks=tree.width, num_heads=tree.depth, temperatures=tree.temperatures
+        )
+        return dynamic_candidates(tree, roots, best, log_probs)
 
     def move(self, source: int, target: int) -> None:
         """Sequence in slot `source` goes on in slot `target`."""

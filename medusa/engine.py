@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from medusa.backbone import Backbone
 from medusa.config import SamplingParams
 from medusa.decoder import CHUNK_BUCKETS, Decoder, StepTokens
+from medusa.dynamic_tree import DynamicTree
 from medusa.errors import PromptError
 from medusa.grammar_masks import Guide
 from medusa.heads import MedusaHeads
@@ -44,7 +45,7 @@ class Engine:
         backbone: Backbone,
         heads: MedusaHeads | None = None,
         *,
-        tree: Tree | None = None,
+        tree: Tree | DynamicTree | None = None,
         max_batch_size: int = 8,
         context_length: int | None = None,
         prefill_tokens: int | None = None,
@@ -68,7 +69,7 @@ class Engine:
         if chunk not in CHUNK_BUCKETS:
             raise ValueError(f"prefill_tokens must be one of {', '.join(map(str, CHUNK_BUCKETS))}, got {chunk}")
         self.backbone = backbone
-        self.tree = tree or Tree.root_only()
+        self.tree: Tree | DynamicTree = tree or Tree.root_only()
         self.max_batch_size = max_batch_size
         self.context_length = length
         self.prefill_tokens = chunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 
@@ -13,6 +13,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import SamplingParams
 from medusa.detokenize import TextStream
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
@@ -23,7 +24,9 @@ from medusa.tree import Tree
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
-TreeChoice = Tree | int | Sequence[Sequence[int]] | None
+DYNAMIC = "dynamic"
+StaticChoice = Tree | int | Sequence[Sequence[int]] | None
+TreeChoice = StaticChoice | DynamicTree | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Model:
         self.backbone = backbone
         self.heads = heads
         self.checkpoint = checkpoint
-        self._engines: dict[tuple[Tree, int], Engine] = {}
+        self._engines: dict[tuple[Tree | DynamicTree, int], Engine] = {}
 
     @property
     def tree(self) -> Tree:
@@ -79,8 +82,8 @@ class Model:
         """Answer a prompt — text, chat messages or token ids — or a list of them; a list comes back for a list.
 
         `sampling` are the fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, acceptance, epsilon,
-        delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, or a `Tree`. Raises PromptError and
-        ValueError.
+        delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, a `Tree`, or
+        "dynamic:N". Raises PromptError and ValueError.
         """
         many, batch = _as_batch(prompts)
         if not batch:
@@ -133,29 +136,52 @@ class Model:
             raise PromptError(f"the chat template of {self.backbone.name} refuses these messages: {error}") from error
         return list(ids["input_ids"])
 
-    def resolve_tree(self, tree: TreeChoice) -> Tree:
-        """A `Tree` from a number of nodes, paths, or None for the checkpoint's own. ValueError where the heads cannot fill it."""
+    @overload
+    def resolve_tree(self, tree: StaticChoice) -> Tree: ...
+
+    @overload
+    def resolve_tree(self, tree: TreeChoice) -> Tree | DynamicTree: ...
+
+    def resolve_tree(self, tree: TreeChoice) -> Tree | DynamicTree:
+        """The tree that is asked for, None for the checkpoint's own. ValueError where the heads cannot fill it.
+
+        Text is a number of nodes, "dynamic" (as many nodes as the checkpoint's own, the likeliest for each context) or
+        "dynamic:N".
+        """
         if self.heads is None:
-            if tree not in (None, 1, Tree.root_only()):
+            if tree not in (None, 1, "1", Tree.root_only()):
                 raise ValueError("a tree needs Medusa heads; load the model with heads, or leave the tree out")
             return Tree.root_only()
-        if isinstance(tree, Tree):
-            chosen = tree
-        elif isinstance(tree, str):
-            raise ValueError(f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}")  # noqa: TRY004
-        elif tree is None or isinstance(tree, int):
-            if isinstance(tree, int) and tree < 1:
-                raise ValueError(f"tree must have at least 1 node, got {tree}")
-            chosen = self.checkpoint.tree(tree) if self.checkpoint else Tree.chain(self.heads.num_heads)
-        else:
-            try:
-                chosen = Tree.from_paths(tree)
-            except TypeError:
-                raise ValueError(
-                    f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}"
-                ) from None
+        chosen = self._choose(tree)
         chosen.check_fits(num_heads=self.heads.num_heads, vocab_size=self.heads.num_choices)
         return chosen
+
+    def _choose(self, tree: TreeChoice) -> Tree | DynamicTree:
+        if isinstance(tree, (Tree, DynamicTree)):
+            return tree
+        if isinstance(tree, str):
+            kind, _, count = tree.partition(":")
+            if tree.isdecimal():
+                return self._choose(int(tree))
+            if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
+                raise ValueError(f'tree must be a number of nodes, "dynamic" or "dynamic:N", got {tree!r}')
+            return self._dynamic(int(count) if count else None)
+        if tree is None or isinstance(tree, int):
+            if isinstance(tree, int) and tree < 1:
+                raise ValueError(f"tree must have at least 1 node, got {tree}")
+            assert self.heads is not None
+            return self.checkpoint.tree(tree) if self.checkpoint else Tree.chain(self.heads.num_heads)
+        try:
+            return Tree.from_paths(tree)
+        except TypeError:
+            raise ValueError(
+                f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}"
+            ) from None
+
+    def _dynamic(self, num_nodes: int | None) -> DynamicTree:
+        if self.checkpoint is None:
+            raise ValueError("a dynamic tree needs a checkpoint's accuracies; give a DynamicTree of your own superset")
+        return self.checkpoint.dynamic_tree(num_nodes)
 
     def engine(self, requests: Sequence[Request], *, tree: TreeChoice, max_batch_size: int) -> Engine:
         """An idle engine with room for these requests, kept for the next call of the same tree and batch.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medusa.errors import PromptError
 from medusa.grammar import Grammar, GrammarVocabulary, first_line
-from medusa.tree import DeviceTree
+from medusa.tree import RowTrees
 
 
 class Guide:
@@ -77,12 +77,12 @@ class GrammarMasks:
         rows, found, lists = zip(*own, strict=True)
         return cls(rows=rows, guides=found, emitted=lists)
 
-    def apply(self, logits: Tensor, tokens: Tensor, tree: DeviceTree) -> None:
+    def apply(self, logits: Tensor, tokens: Tensor, tree: RowTrees) -> None:
         """Put −inf in place of what a row's grammar forbids at each node, in logits [B,N,V] of a tree of tokens [B,N]."""
         own = tokens[list(self.rows)].tolist()
         rows, nodes, masks = [], [], []
         for row, guide, emitted, row_tokens in zip(self.rows, self.guides, self.emitted, own, strict=True):
-            for node, mask in guide.reachable(emitted, row_tokens, tree.children):
+            for node, mask in guide.reachable(emitted, row_tokens, tree.children_of(row)):
                 rows.append(row)
                 nodes.append(node)
                 masks.append(mask)

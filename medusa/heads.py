@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medusa.candidates import ranked_tokens
+from medusa.candidates import ranked_places, ranked_tokens
 from medusa.config import HeadsConfig
 
 
@@ -148,6 +148,27 @@ class MedusaHeads(nn.Module):
     def guesses(self, hidden: Tensor, lm_head: LmHead, *, num_ranks: int, num_heads: int | None = None) -> Tensor:
         """hidden [...,D] → the heads' best tokens [...,K,R], best first; `lm_head` scores `vocabulary` or, if None, all."""
         return ranked_tokens(self.logits(hidden, lm_head, num_heads), num_ranks, self.vocabulary)
+
+    def weighed_guesses(
+        self,
+        hidden: Tensor,
+        lm_head: LmHead,
+        *,
+        num_ranks: int,
+        num_heads: int | None = None,
+        temperatures: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `guesses`, with what the heads think of each: tokens [...,K,R] and their log-probabilities [...,K,R].
+
+        `temperatures` [K] divide the heads' logits first; the order of the guesses does not change with them.
+        """
+        logits = self.logits(hidden, lm_head, num_heads)
+        places = ranked_places(logits, num_ranks)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperatures is not None:
+            wide = wide / temperatures.to(wide.dtype)[:, None]
+        log_probs = wide.gather(-1, places) - wide.logsumexp(dim=-1, keepdim=True)
+        return places if self.vocabulary is None else self.vocabulary[places], log_probs.clamp_max(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.features(hidden)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medusa.config import SamplingParams
-from medusa.tree import DeviceTree
+from medusa.tree import RowTrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class LogitEdits:
             any_penalty=any(p.any_penalty for p in own),
         )
 
-    def apply(self, logits: Tensor, tokens: Tensor, tree: DeviceTree) -> None:
+    def apply(self, logits: Tensor, tokens: Tensor, tree: RowTrees) -> None:
         """Edit in place the logits [B,N,V] of a tree of tokens [B,N]; rows that ask for nothing are not touched."""
         bias, counts = self._bias(logits), self._counts(logits)
         below = self._edited_in_tree(logits, tokens, tree, bias, counts) if self.any_penalty and tree.depth else None
@@ -71,18 +71,18 @@ class LogitEdits:
             logits[place] = edited
 
     def _edited_in_tree(
-        self, logits: Tensor, tokens: Tensor, tree: DeviceTree, bias: Tensor, counts: Tensor
+        self, logits: Tensor, tokens: Tensor, tree: RowTrees, bias: Tensor, counts: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Where each node's own ancestors and itself stand in the logits, and the edited logits there, all [R,N,L].
 
         A shallow node has fewer than L tokens below the root; the root's own stands in for the rest, so that what is
         written there is right as well.
         """
-        path = tree.node_paths[:, 1:]
-        real = path >= 0
         rows = torch.tensor(self.rows, device=logits.device)
-        ids = tokens[rows][:, path.clamp_min(0)]
-        repeats = ((ids[..., :, None] == ids[..., None, :]) & real[:, None, :]).sum(dim=-1)
+        path = tree.node_paths[rows][..., 1:]
+        real = path >= 0
+        ids = tokens[rows].gather(1, path.clamp_min(0).flatten(1)).view_as(path)
+        repeats = ((ids[..., :, None] == ids[..., None, :]) & real[..., None, :]).sum(dim=-1)
         flat = ids.flatten(1)
         change = self._change(bias.gather(1, flat), counts.gather(1, flat) + repeats.flatten(1)).view(ids.shape)
         place = rows[:, None, None], torch.arange(tree.num_nodes, device=logits.device)[:, None], ids

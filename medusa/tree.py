@@ -78,6 +78,9 @@ class Tree:
             raise ValueError(f"num_nodes must lie in [1, {self.num_nodes}], the nodes of this tree, got {num_nodes}")
         return Tree(self.paths[:num_nodes])
 
+    def __str__(self) -> str:
+        return f"tree of {self.num_nodes}"
+
     @property
     def num_nodes(self) -> int:
         """N, the root included."""
@@ -103,14 +106,6 @@ class Tree:
         """Index of each node's parent [N]; −1 for the root."""
         index = {path: node for node, path in enumerate(self.paths)}
         return tuple(index[path[:-1]] if path else -1 for path in self.paths)
-
-    @cached_property
-    def children(self) -> tuple[tuple[int, ...], ...]:
-        """Nodes right below each node [N]."""
-        return tuple(
-            tuple(node for node, parent in enumerate(self.parents) if parent == above)
-            for above in range(self.num_nodes)
-        )
 
     @cached_property
     def leaves(self) -> tuple[int, ...]:
@@ -157,33 +152,67 @@ class Tree:
             ranks=torch.tensor([path[-1] if path else 0 for path in self.paths], device=device),
             node_paths=self.node_paths.to(device),
             ancestor_mask=self.ancestor_mask.to(device),
-            children=self.children,
             depth=self.depth,
             width=self.width,
-            levels=tuple(
-                torch.tensor([n for n, d in enumerate(self.depths) if d == level], device=device)
-                for level in range(self.depth + 1)
-            ),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTree:
-    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`; `levels[d]` lists the nodes of depth d.
-
-    `children` stays on the host: grammars walk the tree there.
-    """
+    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`."""
 
     depths: Tensor
     parents: Tensor
     ranks: Tensor
     node_paths: Tensor
     ancestor_mask: Tensor
-    children: tuple[tuple[int, ...], ...]
     depth: int
     width: int
-    levels: tuple[Tensor, ...]
 
     @property
     def num_nodes(self) -> int:
         return self.depths.shape[0]
+
+    def rows(self, batch: int) -> RowTrees:
+        """This tree for each of `batch` sequences: views, nothing is copied."""
+        return RowTrees(
+            depths=self.depths.expand(batch, -1),
+            parents=self.parents.expand(batch, -1),
+            node_paths=self.node_paths.expand(batch, -1, -1),
+            ancestor_mask=self.ancestor_mask.expand(batch, -1, -1),
+            depth=self.depth,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTrees:
+    """A tree of N nodes for each sequence, its own or all the same one. Parents stand before children.
+
+    depths [B,N], parents [B,N] (−1 for the root), node_paths [B,N,L+1] (−1 past a node's own depth), ancestor_mask [B,N,N].
+    """
+
+    depths: Tensor
+    parents: Tensor
+    node_paths: Tensor
+    ancestor_mask: Tensor
+    depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.depths.shape[1]
+
+    def depth_of(self, node: Tensor) -> Tensor:
+        """node [B] → its depth [B]."""
+        return self.depths.gather(1, node[:, None]).squeeze(1)
+
+    def children_of(self, row: int) -> list[list[int]]:
+        """The nodes right below each node of a row's tree [N], on the host: grammars walk it there."""
+        children: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for node, parent in enumerate(self.parents[row].tolist()):
+            if parent >= 0:
+                children[parent].append(node)
+        return children
+
+    def path_to(self, node: Tensor) -> Tensor:
+        """node [B] → the nodes from the root to it [B,L+1]."""
+        return self.node_paths[torch.arange(len(node), device=node.device), node]

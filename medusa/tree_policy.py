@@ -17,6 +17,7 @@ import torch
 
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
+from medusa.dynamic_tree import DynamicTree
 from medusa.sampling import SamplingRows
 from medusa.tree import Tree
 from medusa.tree_search import expected_tokens
@@ -95,12 +96,12 @@ class Gain:
             self.value += ((tokens - 1) / (expected - 1) - self.value) / self.MEMORY
 
 
-def tree_sizes(tree: Tree) -> tuple[int, ...]:
+def tree_sizes(tree: Tree | DynamicTree) -> tuple[int, ...]:
     """The sizes that a tree is cut to: few, so that shapes repeat; its own the last."""
     return (*(size for size in SIZES if size < tree.num_nodes), tree.num_nodes)
 
 
-def expected_by_size(accuracy: Sequence[Sequence[float]], tree: Tree) -> dict[int, float]:
+def expected_by_size(accuracy: Sequence[Sequence[float]], tree: Tree | DynamicTree) -> dict[int, float]:
     """Nodes → tokens that a step is expected to emit, from the heads' `accuracy` [K][R] as a checkpoint has it."""
     table = torch.tensor(accuracy, dtype=torch.float64)
     return {size: expected_tokens(table, tree.first(size).paths[1:]) for size in tree_sizes(tree)}

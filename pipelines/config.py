@@ -327,6 +327,9 @@ class RunSection(Section):
     last: StageName = "promote"
 
 
+TreeName = PositiveInt | Annotated[str, Field(pattern=r"^dynamic(:[1-9]\d*)?$")]
+
+
 class ServeSection(Section):
     """What serving needs to know; the serving layer reads it, this layer only carries it.
 
@@ -334,7 +337,8 @@ class ServeSection(Section):
     `max_batch_size` requests that run, `max_waiting` may wait, none of them longer than about `max_wait_s`; others are
     refused with 429 at once. A replica whose engine takes `stall_after_s` over one step is replaced. One that stops gives
     its running requests `drain_s` to end. `prefix_cache_tokens` of earlier prompts and answers are kept for prompts that
-    begin alike (0: none). With `adaptive_tree`, trees shrink as more requests run, where that is faster; answers of typical
+    begin alike (0: none). `tree` is a number of nodes, "dynamic" or "dynamic:N" (the likeliest nodes for each context), or null
+    for the checkpoint's own. With `adaptive_tree`, trees shrink as more requests run, where that is faster; answers of typical
     acceptance, which depend on their tree, keep it.
     `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
     most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
@@ -354,6 +358,7 @@ class ServeSection(Section):
     stall_after_s: PositiveFloat = 60.0
     drain_s: PositiveFloat = 120.0
     prefix_cache_tokens: NonNegativeInt = 4096
+    tree: TreeName | None = None
     adaptive_tree: bool = True
     acceptance: Literal["typical", "rejection"] = "typical"
     epsilon: Threshold = DEFAULT_EPSILON

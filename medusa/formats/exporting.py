@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from medusa.backbone import Backbone
@@ -19,10 +20,12 @@ Writer = Callable[[Path, MedusaHeads, Backbone], None]
 
 WRITERS: dict[str, Writer] = {
     "vllm": write_vllm,
+    "vllm-token-map": partial(write_vllm, token_map=True),
     "reference-pt": write_pickle,
     "reference-safetensors": write_safetensors,
     "reference-full": write_full,
 }
+VLLM_LAYOUTS = ("vllm", "vllm-token-map")
 FORMATS = ("reference", *WRITERS)  # "reference" is the one of its layouts that fits the heads
 
 
@@ -73,8 +76,13 @@ def export_heads(
     if lost and not force:
         raise ValueError(f"format {layout} cannot hold these heads: {'; '.join(lost)}; --force exports them without")
     size = checkpoint.tree(num_nodes).num_nodes
-    choices = None if layout == "vllm" else choices_from_paths(checkpoint.paths[: size - 1])
+    choices = None if layout in VLLM_LAYOUTS else choices_from_paths(checkpoint.paths[: size - 1])
     notes = [f"not held by format {layout}: {what}" for what in lost]
+    if layout == "vllm" and checkpoint.heads.vocabulary is not None:
+        notes.append(
+            f"in vLLM the heads guess among all tokens instead of {checkpoint.heads.num_choices}, since its current versions "
+            "load no token_map; older ones take --format vllm-token-map"
+        )
     with whole_folder(folder) as made:
         WRITERS[layout](made, checkpoint.heads, backbone)
         if choices is not None:
@@ -102,7 +110,7 @@ def _fitting_layout(checkpoint: Checkpoint) -> str:
 
 def _not_held(layout: str, heads: MedusaHeads) -> list[str]:
     """What of these heads the layout has no place for."""
-    if layout == "vllm":
+    if layout in VLLM_LAYOUTS:
         return []
     lost = []
     if heads.vocabulary is not None:

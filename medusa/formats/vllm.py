@@ -30,18 +30,23 @@ SHARED_LM_HEAD, TOKEN_MAP = "lm_head.weight", "token_map"
 OLD_PREFIX = "medusa_heads."  # vLLM drops it wherever it stands
 
 
-def write_vllm(folder: Path, heads: MedusaHeads, backbone: Backbone) -> None:
-    """Write the draft model. A shared lm_head is stored once, with the rows of the heads' vocabulary alone."""
+def write_vllm(folder: Path, heads: MedusaHeads, backbone: Backbone, *, token_map: bool = False) -> None:
+    """Write the draft model. A shared lm_head is stored once.
+
+    With `token_map`, of the heads' vocabulary alone if they have one. Versions that check that every parameter was loaded
+    (0.32 does) take no token_map; without it the heads guess among all tokens.
+    """
     shared = heads.config.lm_heads == "shared"
+    vocabulary = heads.vocabulary if token_map else None
     tensors = name_blocks(heads, VLLM)
     lm_head = backbone.lm_head_weight.detach()
     if shared:
-        rows = lm_head if heads.vocabulary is None else lm_head[heads.vocabulary]
+        rows = lm_head if vocabulary is None else lm_head[vocabulary]
         tensors[SHARED_LM_HEAD] = rows.to(next(heads.parameters()).dtype).cpu().clone()
     else:
         tensors |= name_lm_heads(heads, VLLM, lm_head)
-    if heads.vocabulary is not None:
-        tensors[TOKEN_MAP] = heads.vocabulary.to(torch.int64).cpu()
+    if vocabulary is not None:
+        tensors[TOKEN_MAP] = vocabulary.to(torch.int64).cpu()
     config = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
@@ -49,7 +54,7 @@ def write_vllm(folder: Path, heads: MedusaHeads, backbone: Backbone) -> None:
         "vocab_size": heads.vocab_size,
         "num_heads": heads.config.num_heads,
         "num_hidden_layers": heads.config.num_layers,
-        "truncated_vocab_size": heads.num_choices,
+        "truncated_vocab_size": heads.vocab_size if vocabulary is None else len(vocabulary),
         "medusa_fc_bias": True,
         "original_lm_head": shared,
         "logit_scale": backbone.transform.scale,

@@ -45,7 +45,7 @@ def test_bench_compares_like_with_like(tiny_folder: Path, heads_folder: Path, tm
     out = tmp_path / "results"
     bench.main(
         backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
-        max_tokens=NUM_TOKENS, tree=[2, 5], repeats=2, limit=2, output=out,
+        max_tokens=NUM_TOKENS, tree=["2", "5"], repeats=2, limit=2, output=out,
     )  # fmt: skip
     (page,), (record,) = out.glob("*.md"), out.glob("*.json")
     figures = json.loads(record.read_text())["figures"]
@@ -64,11 +64,21 @@ def test_without_sizes_the_models_own_tree_is_measured(tiny_folder: Path, heads_
         max_tokens=NUM_TOKENS, output=tmp_path,
     )  # fmt: skip
     (record,) = tmp_path.glob("acceptance-*.json")
-    (rates,) = json.loads(record.read_text())["figures"]["acceleration_rate"].items()
-    size, by_category = rates
-    assert size == "3"
+    ((name, by_category),) = json.loads(record.read_text())["figures"]["acceleration_rate"].items()
+    assert name == "tree of 3"
     assert set(by_category) == {*(prompt.category for prompt in bench.built_in()), "all"}
     assert min(by_category.values()) <= by_category["all"] <= max(by_category.values())
+
+
+def test_dynamic_trees_stand_beside_static_ones(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    acceptance.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1, limit=2,
+        max_tokens=NUM_TOKENS, tree=["5", "dynamic:5", "dynamic:3"], output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("acceptance-*.json")
+    rates = json.loads(record.read_text())["figures"]["acceleration_rate"]
+    assert list(rates) == ["tree of 5", "dynamic tree of 5", "dynamic tree of 3"]
+    assert rates["dynamic tree of 5"] == rates["tree of 5"], "its superset has no more nodes"
 
 
 def test_distillation_writes_every_row_to_its_length_at_every_batch_size(

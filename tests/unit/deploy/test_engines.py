@@ -55,6 +55,17 @@ def test_the_tree_gives_way_to_load(measured: Model, count: list[int]) -> None:
     assert count == [3]
 
 
+def test_the_tree_is_the_one_set_and_a_dynamic_one_gives_way_too(measured: Model, count: list[int]) -> None:
+    assert EngineMaker(measured, SETTINGS.model_copy(update={"tree": 2}))().tree.num_nodes == 2
+    engine = EngineMaker(measured, SETTINGS.model_copy(update={"tree": "dynamic:4"}))()
+    assert str(engine.tree) == "dynamic tree of 4"
+    assert engine.policy is not None
+    assert (engine.policy.choose(1), engine.policy.choose(4)) == (4, 1)
+    request = Request(prompt_ids=measured.encode("Hello"), params=SamplingParams(max_tokens=9))
+    plain = EngineMaker(Model(measured.backbone, None), SETTINGS)()
+    assert next(engine.run([request])).token_ids == next(plain.run([request])).token_ids
+
+
 def test_a_remade_engine_and_the_next_version_are_not_measured_again(measured: Model, count: list[int]) -> None:
     maker = EngineMaker(measured, SETTINGS)
     first, again = maker(), maker()

@@ -33,7 +33,7 @@ def run(
     tree: Tree, tokens: torch.Tensor, logits: torch.Tensor, params: list[SamplingParams], position: int
 ) -> Acceptance:
     rows = SamplingRows.of(params, CPU)
-    return accept(tree.on(CPU), tokens, logits, rows, torch.full((tokens.shape[0],), position))
+    return accept(tree.on(CPU).rows(len(tokens)), tokens, logits, rows, torch.full((tokens.shape[0],), position))
 
 
 def choose(logits: torch.Tensor, params: SamplingParams, position: int) -> int:

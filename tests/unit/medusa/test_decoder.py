@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medusa.backbone import Backbone, Placement
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
+from medusa.dynamic_tree import DynamicTree
 from medusa.sampling import SamplingRows
 from medusa.tree import Tree
 from tests.tiny_models import FAMILIES
@@ -48,7 +49,12 @@ def plain_continuation(backbone: Backbone, prompt: list[int], count: int) -> lis
 
 
 def decode(
-    backbone: Backbone, tree: Tree, prompts: list[list[int]], params: list[SamplingParams], count: int, **options: Any
+    backbone: Backbone,
+    tree: Tree | DynamicTree,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    count: int,
+    **options: Any,
 ) -> tuple[list[list[int]], Decoder]:
     """At least `count` tokens for each prompt, all in one batch; and the decoder as it stands then."""
     heads = random_heads(backbone)

@@ -94,7 +94,7 @@ def test_the_chosen_layout_of_the_reference_is_the_one_that_fits(tmp_path: Path)
 
 
 def test_vllm_is_told_what_it_would_otherwise_leave_out(tmp_path: Path) -> None:
-    folder = exported(tmp_path, "vllm", random_heads(BACKBONE, vocabulary=SOME))
+    folder = exported(tmp_path, "vllm-token-map", random_heads(BACKBONE, vocabulary=SOME))
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     assert config["medusa_fc_bias"] is True
     assert config["original_lm_head"] is True and config["truncated_vocab_size"] == 4
@@ -108,7 +108,10 @@ def test_vllm_is_told_what_it_would_otherwise_leave_out(tmp_path: Path) -> None:
 
 def test_the_tokens_that_heads_guess_among_come_back_from_vllm(tmp_path: Path) -> None:
     heads = random_heads(BACKBONE, vocabulary=SOME, num_layers=2)
-    assert_same_heads(imported(exported(tmp_path, "vllm", heads), tmp_path / "back").heads, heads)
+    assert_same_heads(imported(exported(tmp_path, "vllm-token-map", heads), tmp_path / "back").heads, heads)
+    told = export_heads(tmp_path / "all", checkpoint_of(heads), BACKBONE, format="vllm")
+    assert "guess among all tokens instead of 4" in told.notes[0]
+    assert imported(told.folder, tmp_path / "again").heads.vocabulary is None
 
 
 def test_a_shared_lm_head_is_copied_for_each_head_where_the_layout_needs_it(tmp_path: Path) -> None:
@@ -361,7 +364,7 @@ def test_what_is_no_heads_at_all_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_token_map_that_is_none_and_own_lm_heads_over_one_are_refused(tmp_path: Path) -> None:
-    folder = exported(tmp_path, "vllm", random_heads(BACKBONE, vocabulary=SOME))
+    folder = exported(tmp_path, "vllm-token-map", random_heads(BACKBONE, vocabulary=SOME))
     tensors = load_file(folder / "model.safetensors")
 
     def refused(said: str, **changed: Tensor) -> None:

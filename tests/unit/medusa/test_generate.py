@@ -96,6 +96,19 @@ def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
     assert model.resolve_tree(3).paths == ((), (0,), (1,))
     assert model.resolve_tree([(1,), (1, 0)]).num_nodes == 3
     assert model.resolve_tree(medusa.Tree.chain(2)).depth == 2
+    assert model.resolve_tree("3") == model.resolve_tree(3)
+
+
+def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medusa.Model) -> None:
+    assert str(model.resolve_tree("dynamic")) == "dynamic tree of 5", "as many nodes as the checkpoint's own tree"
+    assert model.resolve_tree("dynamic:7").num_nodes == 7
+    prompts = ["hello", "other words"]
+    for tree in ("dynamic", "dynamic:3", "dynamic:1", model.resolve_tree("dynamic:4")):
+        got, want = (m.generate(prompts, max_tokens=15, tree=t) for m, t in ((model, tree), (plain, None)))
+        assert [one.token_ids for one in got] == [one.token_ids for one in want]
+    untrained = medusa.Model(model.backbone, model.heads)
+    with pytest.raises(ValueError, match="give a DynamicTree of your own"):
+        untrained.resolve_tree("dynamic:2")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +125,10 @@ def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
         ("hello", {"temperature": -1.0}, "temperature must be 0 or more"),
         ("hello", {"tree": 8}, "1 to 7 nodes"),
         ("hello", {"tree": 0}, "at least 1 node"),
+        ("hello", {"tree": "dynamic:8"}, "1 to 7 nodes of its superset, got 8"),
+        ("hello", {"tree": "dynamic:0"}, "got 0"),
+        ("hello", {"tree": "dynamic:"}, 'number of nodes, "dynamic" or "dynamic:N"'),
+        ("hello", {"tree": "static:4"}, "got 'static:4'"),
         ("hello", {"tree": [(0, 0)]}, "prefix-closed"),
         ("hello", {"tree": [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]}, "4 deep but there are 3"),
         ("hello", {"tree": [(300,)]}, "guesses among 300"),

@@ -64,7 +64,7 @@ def allowed_after(text: str, grammar: Grammar = GRAMMAR) -> set[int]:
     logits, emitted = torch.zeros(1, 1, VOCAB_SIZE), ids_of(text)
     masks = GrammarMasks.of([Guide(grammar, BACKBONE.grammar_vocabulary)], [emitted])
     assert masks is not None
-    masks.apply(logits, torch.tensor([[0]]), Tree.root_only().on(torch.device("cpu")))
+    masks.apply(logits, torch.tensor([[0]]), Tree.root_only().on(torch.device("cpu")).rows(1))
     return set(logits[0, 0].isfinite().nonzero().flatten().tolist())
 
 
@@ -98,7 +98,7 @@ def test_each_node_is_masked_by_its_own_ancestors(tree: Tree, data: st.DataObjec
     logits = torch.zeros(2, tree.num_nodes, VOCAB_SIZE)
     masks = GrammarMasks.of([None, Guide(GRAMMAR, BACKBONE.grammar_vocabulary)], [[], emitted])
     assert masks is not None
-    masks.apply(logits, torch.tensor([[0] * tree.num_nodes, tokens]), tree.on(torch.device("cpu")))
+    masks.apply(logits, torch.tensor([[0] * tree.num_nodes, tokens]), tree.on(torch.device("cpu")).rows(2))
     assert not logits[0].any(), "a row without a grammar is not touched"
     for node in range(tree.num_nodes):
         path = [tokens[n] for n in tree.node_paths[node].tolist() if n > 0]

@@ -56,7 +56,7 @@ def test_each_node_is_edited_by_its_own_history(tree: Tree, asked: list[dict[str
     edited = logits.clone()
     found = LogitEdits.of(params, emitted, CPU)
     if found is not None:
-        found.apply(edited, tokens, tree.on(CPU))
+        found.apply(edited, tokens, tree.on(CPU).rows(len(tokens)))
     for row, own in enumerate(params):
         for node in range(tree.num_nodes):
             path = [n for n in tree.node_paths[node].tolist() if n > 0]
@@ -73,7 +73,7 @@ def test_rows_that_ask_for_nothing_are_left_as_they_are() -> None:
     logits = torch.randn(3, 1, VOCAB)
     logits[0, 0, 5] = float("nan")  # would spread through any sum or product
     before = logits.clone()
-    found.apply(logits, torch.tensor([[1], [2], [3]]), Tree.root_only().on(CPU))
+    found.apply(logits, torch.tensor([[1], [2], [3]]), Tree.root_only().on(CPU).rows(3))
     assert torch.equal(logits[[0, 2]].nan_to_num(7.0), before[[0, 2]].nan_to_num(7.0))
     assert (logits[1] != before[1]).nonzero().tolist() == [[0, 3]]
 
@@ -91,7 +91,7 @@ def test_an_edit_is_the_same_number_in_the_tree_and_behind_it(dtype: torch.dtype
     ):
         found = LogitEdits.of([params], [history], CPU)
         assert found is not None
-        found.apply(scores, tokens, tree)
+        found.apply(scores, tokens, tree.rows(1))
     assert torch.equal(in_tree[:, 2], emitted[:, 0])
 
 

@@ -69,7 +69,7 @@ def test_the_first_two_tokens_have_exactly_the_enumerated_law() -> None:
     rows = rows_of(*seeds)
     start = torch.zeros(count, dtype=torch.long)
 
-    got = accept(tree, tokens, logits, rows, start)
+    got = accept(tree.rows(count), tokens, logits, rows, start)
     depth_one = torch.where(tree.depths[got.node] == 2, 1, got.node)
     a = torch.where(got.num_accepted > 0, tokens[0][depth_one], got.next_root)
     later = draw(second[a].log(), rows, start + 2)  # where the first token was not in the tree, the next step's root

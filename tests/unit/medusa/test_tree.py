@@ -81,7 +81,11 @@ def test_a_tree_deeper_than_the_heads_or_wider_than_the_vocabulary_is_refused_by
 
 @given(trees())
 def test_children_are_the_nodes_whose_parent_a_node_is(tree: Tree) -> None:
-    found = {(above, node) for above, below in enumerate(tree.children) for node in below}
+    found = {
+        (above, node)
+        for above, below in enumerate(tree.on(torch.device("cpu")).rows(2).children_of(1))
+        for node in below
+    }
     assert found == {(parent, node) for node, parent in enumerate(tree.parents) if node}
 
 
@@ -89,4 +93,7 @@ def test_device_tables_repeat_the_tree() -> None:
     tree = Tree.from_paths([(0,), (1,), (0, 2)])
     tables = tree.on(torch.device("cpu"))
     assert tables.ranks.tolist() == [0, 0, 1, 2]
-    assert [level.tolist() for level in tables.levels] == [[0], [1, 2], [3]]
+    rows = tables.rows(2)
+    assert rows.depths.tolist() == [[0, 1, 1, 2]] * 2 and rows.parents.tolist() == [[-1, 0, 0, 1]] * 2
+    node = torch.tensor([3, 2])
+    assert rows.path_to(node).tolist() == [[0, 1, 3], [0, 2, -1]] and rows.depth_of(node).tolist() == [2, 1]

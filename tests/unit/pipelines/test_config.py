@@ -54,6 +54,8 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) ->
         (["train.zero_stage=4"], "train.zero_stage"),
         (["distill.temperature=-1"], "distill.temperature"),
         (["serve.port=70000"], "serve.port"),
+        (["serve.tree=bushy"], "serve.tree"),
+        (["serve.tree=dynamic:0"], "serve.tree"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_key_and_fix(overrides: list[str], told: str) -> None:
@@ -119,3 +121,8 @@ def test_a_workdir_is_a_folder_and_no_uri() -> None:
         ConfigError, match=r"workdir: .*must be a folder, on a cluster one that every node mounts, not a URI"
     ):
         load_config(None, ["workdir=s3://bucket/medusa"])
+
+
+@pytest.mark.parametrize("tree", [None, 16, "dynamic", "dynamic:16"])
+def test_served_trees_are_static_or_dynamic(tree: int | str | None) -> None:
+    assert load_config(None, [f"serve.tree={'null' if tree is None else tree}"]).serve.tree == tree
