@@ -260,6 +260,26 @@ def list_versions(
     Console(highlight=False).print(versions_table(entries) if entries else "no version is registered")
 
 
+key_commands = typer.Typer(cls=OneLineErrors, help="API keys of a server.", no_args_is_help=True)
+app.add_typer(key_commands, name="key")
+
+
+@key_commands.callback()
+def _keys() -> None:
+    """API keys of a server."""
+
+
+@key_commands.command("new")
+def new_api_key() -> None:
+    """Make a key for a client, and the hash of it that the server is given."""
+    from deploy.api_keys import hash_key, new_key
+
+    key = new_key()
+    print(f"key:  {key}")
+    print(f"hash: {hash_key(key)}")
+    print("The key is for the client and is kept nowhere; the hash is for serve.api_keys.", file=sys.stderr)
+
+
 @app.command()
 def serve(
     overrides: Overrides = None,

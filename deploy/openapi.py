@@ -23,7 +23,12 @@ _MEANING = {
 }
 COMMON = (401, 500)
 GENERATION = (400, 401, 404, 408, 413, 429, 500, 503)
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+# The schema is that of one event, as OpenAPI's readers take it.
+STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    }
+}
 
 
 def refusals(*statuses: int) -> Responses:

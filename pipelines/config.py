@@ -340,6 +340,7 @@ class ServeSection(Section):
     begin alike (0: none). `tree` is a number of nodes, "dynamic" or "dynamic:N" (the likeliest nodes for each context), or null
     for the checkpoint's own. With `adaptive_tree`, trees shrink as more requests run, where that is faster; answers of typical
     acceptance, which depend on their tree, keep it.
+
     `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
     most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
     `max_body_bytes`. Where there are API keys, clients must send one: `api_keys` are their SHA-256 hashes, as
@@ -365,7 +366,7 @@ class ServeSection(Section):
     delta: Threshold = DEFAULT_DELTA
     max_choices: PositiveInt = 16
     max_body_bytes: PositiveInt = 4 * 2**20
-    request_timeout_s: PositiveFloat = 600
+    request_timeout_s: PositiveFloat = 570  # below the 600 s of Ray Serve's proxy, whose refusal is plain text
     api_keys: tuple[KeyHash, ...] = ()
     api_keys_file: AbsolutePath | None = None
     cors_origins: tuple[str, ...] = ()

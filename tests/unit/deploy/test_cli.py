@@ -16,8 +16,10 @@ from typer.testing import CliRunner, Result
 
 import medusa
 from deploy import demo
+from deploy.api_keys import KeyRing
 from deploy.cli import STAGES, app
 from medusa.checkpoint import save_checkpoint
+from pipelines.config import Config
 from tests.unit.medusa.tiny import random_heads
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -217,6 +219,13 @@ def test_an_empty_registry_is_listed_and_has_nothing_to_roll_back(
     assert_one_line_error(medusa_cli("promote", "--rollback", f"workdir={tmp_path}"), "no earlier champion")
     assert_one_line_error(medusa_cli("promote", f"workdir={tmp_path}"), "challenger", "register")
     assert_one_line_error(medusa_cli("registry", "list", "registry.model_name=a/b"), "registry.model_name", "a/b")
+
+
+def test_a_new_key_opens_to_its_hash(medusa_cli: Callable[..., Result]) -> None:
+    (_, key), (_, hashed) = (line.split() for line in medusa_cli("key", "new").stdout.splitlines())
+    assert KeyRing([hashed]).opens(key)
+    assert Config.model_validate({"serve": {"api_keys": [hashed]}}).serve.api_keys == (hashed,)
+    assert key not in medusa_cli("key", "new").stdout
 
 
 def test_version(medusa_cli: Callable[..., Result]) -> None:
