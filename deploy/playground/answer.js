@@ -52,7 +52,7 @@ export class AnswerView {
     const parity = this.body.childElementCount % 2 ? "odd" : "even";
     const space = text.slice(0, text.length - text.trimStart().length); // a tint at a line's end would hang over it
     const step = element("span", `step ${parity} t${tokens ? Math.min(tokens, 5) : 2}`, text.slice(space.length));
-    if (tokens) step.title = tokens === 1 ? "1 token in this step" : `${tokens} tokens in this step`;
+    if (tokens) step.title = tokens === 1 ? "1 token" : `${tokens} tokens that came together`;
     this.body.append(space, step);
     this.text += text;
   }
