@@ -1,9 +1,8 @@
 """`python -m benchmarks.replay`: acceleration rates of many trees and sets of heads, from one plain decoding of the prompts.
 
 Greedy answers do not depend on the tree, so each tree's steps are counted by replaying them (`medusa.replay`; a test holds
-it to the engine's own count). With `--calibration` it also grows trees for each set of heads, from answers to those
-prompts, taking the heads for independent and counting them together, and `--keep` writes the heads with the tree that
-was grown together: calibrate on prompts that are not those of the measurement. Counts steps; times nothing.
+it to the engine's own count). With `--calibration` it also grows a tree for each set of heads from answers to those
+prompts, which must not be those of the measurement, and `--keep` writes the heads with it. Counts steps; times nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from medusa.checkpoint import save_checkpoint
 from medusa.config import SamplingParams
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
-from medusa.replay import grow_from_ranks, guessed_ranks, num_steps
+from medusa.replay import guessed_ranks, num_steps
 from medusa.tree import Path as TreePath
 from medusa.tree import Tree
-from medusa.tree_search import MAX_RANKS, grow_paths
+from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
 
 MAX_NODES = 64
-STORED, APART, TOGETHER = "stored tree", "grown apart", "grown together"
+STORED, GROWN = "stored tree", "grown anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +63,20 @@ def rates(answers: Sequence[Replayed], tree: Tree) -> dict[str, float]:
     return {name: sum(row[1] for row in rows) / sum(row[2] for row in rows) for name, rows in chosen.items()}
 
 
-def grown(answers: Sequence[Replayed]) -> dict[str, list[TreePath]]:
-    """The paths of both ways to grow a tree from calibration answers."""
-    ranks = torch.cat([answer.ranks for answer in answers])
-    accuracy = torch.stack([(ranks == rank).double().mean(dim=0) for rank in range(MAX_RANKS)], dim=1)
-    return {APART: grow_paths(accuracy, MAX_NODES), TOGETHER: grow_from_ranks(ranks, MAX_NODES)}
+def grown(answers: Sequence[Replayed]) -> list[TreePath]:
+    """The paths of the best tree for calibration answers."""
+    hits = torch.stack([torch.cat([answer.ranks for answer in answers]) == rank for rank in range(MAX_RANKS)], dim=2)
+    # Head k has no target at the last k − 1 positions of an answer.
+    num_heads = hits.shape[1]
+    counts = torch.tensor([sum(max(len(answer.ranks) - k, 0) for answer in answers) for k in range(num_heads)])
+    return grow_paths(HitTable(hits=hits.sum(dim=0), counts=counts).accuracy, MAX_NODES)
 
 
 def keep(model: Model, paths: list[TreePath], folder: Path) -> None:
     """The model's heads with another tree; their card says so."""
     old = model.checkpoint
     assert old is not None
-    how = "Grown from answers to calibration prompts, heads counted together"
-    told = f"{how}: `python -m benchmarks.replay`, {datetime.now(UTC).date()}."
+    told = f"Grown from answers to calibration prompts: `python -m benchmarks.replay`, {datetime.now(UTC).date()}."
     save_checkpoint(
         folder, old.heads, paths=paths, backbone_name=old.backbone_name, backbone_fingerprint=old.backbone_fingerprint,
         default_nodes=old.default_nodes, accuracy=old.accuracy, adapters=old.adapters, card=old.card | {"Tree": told},
@@ -96,9 +96,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
     calibration_limit: Annotated[int | None, typer.Option(min=1)] = 160,
-    kept: Annotated[
-        Path | None, typer.Option("--keep", help="folder for the last heads with the tree grown together")
-    ] = None,
+    kept: Annotated[Path | None, typer.Option("--keep", help="folder for the last heads with the tree grown")] = None,
     output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
 ) -> None:
     """Compare trees and sets of heads on a prompts file."""
@@ -114,12 +112,12 @@ def main(
         assert model.checkpoint is not None
         paths = {STORED: list(model.checkpoint.paths)}
         if others:
-            paths |= grown(replayed(model, others, max_tokens=max_tokens, batch=batch))
+            paths[GROWN] = grown(replayed(model, others, max_tokens=max_tokens, batch=batch))
         answers = replayed(model, rows, max_tokens=max_tokens, batch=batch)
         for how, size in ((how, size) for how in paths for size in tree or (16, 64)):
             found[f"{Path(name).name}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
         if kept is not None:
-            keep(model, paths[TOGETHER], kept)
+            keep(model, paths[GROWN], kept)
     categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))
     table = Grid(
         title="Acceleration rate, greedy, replayed",

@@ -1,4 +1,4 @@
-"""Greedy decoding replayed over answers that are known: what a tree would have accepted, and which tree accepts most.
+"""Greedy decoding replayed over answers that are known: what a tree would have accepted, without decoding again.
 
     P positions, K heads, R ranks
 A tree never changes a greedy answer. So the answer, and the ranks at which the heads guessed its tokens, say what each
@@ -7,7 +7,6 @@ step of any tree accepts: one forward an answer serves every tree. Knows ranks a
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -76,34 +75,3 @@ def _accepted(ranks: Sequence[int], known: set[Path]) -> int:
     while length < len(ranks) and ranks[length] != MISSED and tuple(ranks[: length + 1]) in known:
         length += 1
     return length
-
-
-def grow_from_ranks(ranks: Tensor, num_nodes: int, *, num_ranks: int = MAX_RANKS, prior: float = 50.0) -> list[Path]:
-    """The best `num_nodes − 1` paths below the root, by how often the heads were right *together* at positions [P,K].
-
-    A head is right more often behind heads that were right than elsewhere, which `grow_paths`, taking them for
-    independent, cannot see: it grows wide where depth pays. The chance of a guess behind a path is counted where that path
-    was right, with `prior` positions' worth of the head's overall accuracy, so that rare paths are not read from a few
-    positions. The order is nested, as in `grow_paths`.
-    """
-    num_heads = ranks.shape[1]
-    overall = torch.stack([(ranks == rank).double().mean(dim=0) for rank in range(num_ranks)], dim=1)  # [K,R]
-    grown: list[Path] = []
-    frontier: list[tuple[float, int, Path, Tensor]] = []
-
-    def offer(worth: float, path: Path, here: Tensor) -> None:
-        depth = len(path)
-        if depth == num_heads:
-            return
-        for rank in range(num_ranks):
-            right = here[ranks[here, depth] == rank]
-            chance = (len(right) + prior * float(overall[depth, rank])) / (len(here) + prior)
-            if chance > 0:
-                heapq.heappush(frontier, (-worth * chance, depth + 1, (*path, rank), right))
-
-    offer(1.0, (), torch.arange(len(ranks)))
-    while frontier and len(grown) < num_nodes - 1:
-        worth, _, path, here = heapq.heappop(frontier)
-        grown.append(path)
-        offer(-worth, path, here)
-    return grown

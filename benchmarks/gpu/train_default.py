@@ -32,8 +32,8 @@ from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 from medusa.pretrained import pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
-from medusa.replay import grow_from_ranks, guessed_ranks
-from medusa.tree_search import MAX_RANKS, HitTable
+from medusa.replay import guessed_ranks
+from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 HELD_OUT_PERCENT = 1
@@ -106,14 +106,14 @@ def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> Medus
 
 
 @torch.inference_mode()
-def held_out(heads: MedusaHeads, backbone: Backbone, rows: Sequence[Row]) -> tuple[HitTable, torch.Tensor]:
-    """Hits by rank over held-out answers, and all their ranks [P,K]."""
+def held_out(heads: MedusaHeads, backbone: Backbone, rows: Sequence[Row]) -> HitTable:
+    """Hits by rank over held-out answers."""
     cast = torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.device.type == "cuda")
     with cast:
         ranks = torch.cat(list(guessed_ranks(backbone, heads, rows, rows=512)))
     hits = torch.stack([(ranks == rank).sum(dim=0) for rank in range(MAX_RANKS)], dim=1)
     counts = torch.tensor([sum(max(len(answer) - k, 0) for _, answer in rows) for k in range(1, heads.num_heads + 1)])
-    return HitTable(hits=hits, counts=counts), ranks
+    return HitTable(hits=hits, counts=counts)
 
 
 @app.command("train")
@@ -150,9 +150,9 @@ def train_command(
     began = time.monotonic()
     log = train(heads, base, learn, settings, layers=layers)
     seconds = time.monotonic() - began
-    hits, ranks = held_out(heads, base, held)
+    hits = held_out(heads, base, held)
     top = {n: [round(float(row[:n].sum()), 4) for row in hits.accuracy] for n in (1, 5)}
-    paths = grow_from_ranks(ranks, MAX_NODES)
+    paths = grow_paths(hits.accuracy, MAX_NODES)
     save_checkpoint(
         out,
         heads,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import medusa
-from benchmarks import acceptance, bench, command, distillation, training
-from medusa.checkpoint import save_checkpoint
+from benchmarks import acceptance, bench, command, distillation, replay, training
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 
@@ -79,6 +79,31 @@ def test_dynamic_trees_stand_beside_static_ones(tiny_folder: Path, heads_folder:
     rates = json.loads(record.read_text())["figures"]["acceleration_rate"]
     assert list(rates) == ["tree of 5", "dynamic tree of 5", "dynamic tree of 3"]
     assert rates["dynamic tree of 5"] == rates["tree of 5"], "its superset has no more nodes"
+
+
+def test_replay_counts_what_the_engine_counts_and_keeps_the_tree_it_grew(
+    tiny_folder: Path, heads_folder: Path, tmp_path: Path
+) -> None:
+    common = dict(backbone=str(tiny_folder), dtype="float32", device="cpu", threads=1, max_tokens=NUM_TOKENS, limit=4)
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(3)))
+    acceptance.main(heads=str(heads_folder), output=tmp_path, **common)  # type: ignore[arg-type]
+    kept = tmp_path / "kept"
+    replay.main(
+        heads=[str(heads_folder)], tree=[3, 5], calibration=others, batch=3, kept=kept,
+        output=tmp_path, **common,  # type: ignore[arg-type]
+    )  # fmt: skip
+    (decoded,), (counted,) = tmp_path.glob("acceptance-*.json"), tmp_path.glob("replay-*.json")
+    rates = json.loads(counted.read_text())["figures"]["rates"]
+    assert set(rates) == {f"heads, {how}, {size}" for how in (replay.STORED, replay.GROWN) for size in (3, 5)}
+    engine = json.loads(decoded.read_text())["figures"]["acceleration_rate"]["tree of 3"]
+    assert rates[f"heads, {replay.STORED}, 3"] == pytest.approx(engine)
+    before, after = load_checkpoint(heads_folder), load_checkpoint(kept)
+    assert after.paths != before.paths
+    pairs = zip(before.heads.parameters(), after.heads.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(ValueError, match="--calibration"):
+        replay.main(kept=kept)
 
 
 def test_distillation_writes_every_row_to_its_length_at_every_batch_size(
