@@ -41,7 +41,8 @@ _NAME = re.compile(r"heads\.(\d+)\.(?:blocks\.(\d+)\.(weight|bias)|lm_head\.weig
 class Checkpoint:
     """Heads with all that is known of them. `paths` are in growth order; `accuracy` [K][R] is held-out, where measured.
 
-    With `adapters` the heads belong to a tuned backbone; name and fingerprint are still those of the original.
+    `temperatures` [K] make the heads' probabilities true, where fitted (confidence.py): dynamic trees go by them. With
+    `adapters` the heads belong to a tuned backbone; name and fingerprint are still those of the original.
     """
 
     heads: MedusaHeads
@@ -50,6 +51,7 @@ class Checkpoint:
     backbone_fingerprint: str
     default_nodes: int | None = None
     accuracy: list[list[float]] | None = None
+    temperatures: tuple[float, ...] | None = None
     adapters: Adapters | None = None
     card: dict[str, Any] = field(default_factory=dict)
     folder: FilePath | None = None
@@ -66,7 +68,9 @@ class Checkpoint:
         """The best nodes of a large tree for each context, as many as `tree` has (or all there are, if fewer)."""
         superset = superset_tree(self.accuracy, self.paths)
         own = min(self.default_nodes or len(self.paths) + 1, superset.num_nodes)
-        return DynamicTree(superset=superset, num_nodes=own if num_nodes is None else num_nodes)
+        return DynamicTree(
+            superset=superset, num_nodes=own if num_nodes is None else num_nodes, temperatures=self.temperatures
+        )
 
 
 def save_checkpoint(
@@ -78,6 +82,7 @@ def save_checkpoint(
     backbone_fingerprint: str,
     default_nodes: int | None = None,
     accuracy: Sequence[Sequence[float]] | Tensor | None = None,
+    temperatures: Sequence[float] | None = None,
     adapters: Adapters | None = None,
     card: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -97,6 +102,7 @@ def save_checkpoint(
         "backbone_fingerprint": backbone_fingerprint,
         "default_nodes": default_nodes,
         "accuracy": [[round(float(x), 5) for x in row] for row in rows] if rows is not None else None,
+        "temperatures": list(temperatures) if temperatures is not None else None,
         "adapters": adapters.describe() if adapters is not None else None,
         "card": card or {},
     }
@@ -157,6 +163,7 @@ def load_checkpoint(
         backbone_fingerprint=str(config.get("backbone_fingerprint", "")),
         default_nodes=_check_nodes(config.get("default_nodes"), root / CONFIG),
         accuracy=config.get("accuracy"),
+        temperatures=_check_temperatures(config.get("temperatures"), heads, root / CONFIG),
         adapters=adapters,
         card=config.get("card") or {},
         folder=root,
@@ -215,6 +222,18 @@ def _check_nodes(value: Any, path: FilePath) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise CheckpointError(f"{path}: default_nodes must be a number of nodes, 1 or more, got {value!r}")
+
+
+def _check_temperatures(value: Any, heads: MedusaHeads, path: FilePath) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != heads.num_heads
+        or not all(isinstance(one, (int, float)) and 0 < one < float("inf") for one in value)
+    ):
+        raise CheckpointError(f"{path}: temperatures must be {heads.num_heads} numbers above 0, got {value!r}")
+    return tuple(float(one) for one in value)
 
 
 def _check_vocabulary(ids: Tensor | None, vocab_size: int, path: FilePath) -> Tensor | None:

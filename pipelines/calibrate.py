@@ -67,6 +67,7 @@ class CalibrateResult:
 
 def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult:
     """Calibrate the checkpoint in the working directory on the calibration answers. Raises StageError, CheckpointError."""
+    from medusa.confidence import fit_temperatures
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
 
     answers = read_answers(config.layout.distilled, CALIBRATION)
@@ -92,6 +93,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
         "device": f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", ""),
         "curve": [asdict(cost) for cost in curve],
         "accuracy": hits.accuracy.tolist(),
+        "temperatures": fit_temperatures(model.backbone, model.heads, sequences),
         "positions": hits.counts.tolist(),  # for each head, since later heads have fewer targets
         "paths": [list(path) for path in paths],  # the first n - 1 are the best tree of n nodes
         "expected_tokens": expected_by_size(hits.accuracy, paths),  # of the best tree of 1, 2, … nodes
@@ -141,6 +143,7 @@ def _result(config: Config, record: dict[str, Any], *, measured_before: bool = F
         backbone_fingerprint=checkpoint.backbone_fingerprint,
         default_nodes=chosen,
         accuracy=record["accuracy"],
+        temperatures=record.get("temperatures"),  # records of older versions have none
         adapters=checkpoint.adapters,
         card=checkpoint.card | {"Tree": told},
     )

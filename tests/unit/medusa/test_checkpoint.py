@@ -21,7 +21,8 @@ def saved(folder: Path, **shape: object) -> Path:
     heads = random_heads(BACKBONE, **shape)  # type: ignore[arg-type]
     return save_checkpoint(
         folder / "heads", heads, paths=PATHS, backbone_name="tiny", backbone_fingerprint=BACKBONE.fingerprint,
-        default_nodes=3, accuracy=[[0.5, 0.1], [0.25, 0.125], [0.1, 0.0]], card={"data": {"rows": 7}}, dtype=torch.float32,
+        default_nodes=3, temperatures=(0.5, 1.0, 2.25),
+        accuracy=[[0.5, 0.1], [0.25, 0.125], [0.1, 0.0]], card={"data": {"rows": 7}}, dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def test_a_saved_checkpoint_loads_back_equal(tmp_path: Path, lm_heads: str, num_
     for name, weight in want.named_parameters():
         assert torch.equal(back.heads.get_parameter(name), weight)
     assert back.paths == PATHS and back.default_nodes == 3
+    assert back.temperatures == back.dynamic_tree(4).temperatures == (0.5, 1.0, 2.25)
     assert back.accuracy == [[0.5, 0.1], [0.25, 0.125], [0.1, 0.0]]
     assert back.tree().paths == ((), (0,), (1,)) and back.tree(5).num_nodes == 5
     card = (folder / "README.md").read_text()
@@ -151,6 +153,15 @@ def test_saving_again_replaces_the_folder_whole(tmp_path: Path) -> None:
     saved(tmp_path, num_layers=1)
     assert load_checkpoint(folder).heads.config.num_layers == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["heads"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, "2", 1.0], 1.0])
+def test_temperatures_that_are_none_are_refused(tmp_path: Path, value: object) -> None:
+    folder = saved(tmp_path)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"temperatures": value}))
+    with pytest.raises(CheckpointError, match="temperatures must be 3 numbers above 0"):
+        load_checkpoint(folder)
 
 
 def test_fingerprints_tell_weights_apart_and_not_types() -> None:
