@@ -113,7 +113,7 @@ def test_a_stream_passes_the_proxy_piece_by_piece(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
-    [({"n": 3}, 400, "n"), ({"max_tokens": 0}, 400, "max_tokens"), ({"model": "gpt-5"}, 404, "model")],
+    [({"n": 99}, 400, "n"), ({"max_tokens": 0}, 400, "max_tokens"), ({"model": "gpt-5"}, 404, "model")],
 )
 def test_refusals_are_openais_error_objects(url: str, fields: dict[str, Any], status: int, param: str) -> None:
     response = httpx.post(f"{url}/v1/chat/completions", json={**ask("Hello"), **fields}, timeout=60)
@@ -173,10 +173,10 @@ def test_the_command_is_ready_when_health_says_so_and_finishes_its_answers(tmp_p
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with serve_command(tmp_path, port) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while True:
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline, "not ready in 90 s"
+            assert time.monotonic() < deadline, "not ready in 240 s"
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
