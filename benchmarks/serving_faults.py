@@ -89,7 +89,8 @@ def main(
         raise ValueError(f"no victim {sorted(unknown)[0]!r}; there are {', '.join(VICTIMS)}")
     if not (victim or malformed):
         raise ValueError("nothing to do; give --victim or --malformed")
-    kills, grids, figures = [], [], {}
+    kills, grids = [], []
+    figures: dict[str, Any] = {}
     prompts = built_in(12)
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         launch = ours(workdir=Path(folder), dtype=dtype, settings=[f"backbone.name={backbone}", *(setting or ())])
