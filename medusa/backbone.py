@@ -165,6 +165,9 @@ class Backbone:
         where = placement
         num_new = ids.shape[1]
         cache.begin(first_slot=where.first_slot, offsets=where.offsets, num_new=num_new, length=where.length)
+        positions = (where.offsets[:, None] + where.depths).clamp_max(self.max_context - 1)
+        if self.fused is not None:
+            return self.fused(ids, positions, where, cache)
         masks = {
             kind: attention.step_mask(
                 offsets=where.offsets,
@@ -176,9 +179,6 @@ class Backbone:
             )
             for kind, window in self._windows.items()
         }
-        positions = (where.offsets[:, None] + where.depths).clamp_max(self.max_context - 1)
-        if self.fused is not None:
-            return self.fused(ids, positions, masks["full_attention"], cache)
         return self._run(ids, positions, masks, cache)
 
     def hidden_states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:

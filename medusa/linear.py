@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medusa.native.build import library
+from medusa.native.linear import PackedWeight
+
 Linear = Callable[[Tensor], Tensor]
 TYPICAL_ROWS = 16  # what oneDNN lays a weight out for: a step's nodes
 
@@ -25,16 +28,19 @@ class Kernel(Enum):
 
     PLAIN = "plain"  # PyTorch's own; activations in the weight's type
     ONEDNN = "onednn"  # bf16 weights in oneDNN's own layout, on CPUs with bf16 arithmetic; bf16 activations
+    NATIVE = "native"  # bf16 weights widened in registers by our own kernels; float32 activations and arithmetic
     FBGEMM = "fbgemm"  # weights as packed fp16, float32 activations and arithmetic: for CPUs that emulate the type
 
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self is Kernel.FBGEMM else weight_dtype
+        return torch.float32 if self in (Kernel.NATIVE, Kernel.FBGEMM) else weight_dtype
 
     def prepare(self, weight: Tensor) -> Linear:
         """weight [O,I] → a function x [...,I] → x·weightᵀ [...,O]."""
         weight = weight.detach()
         if self is Kernel.ONEDNN:
             return _onednn(weight)
+        if self is Kernel.NATIVE:
+            return PackedWeight.of(weight)
         if self is Kernel.FBGEMM:
             return _fbgemm(weight)
         return lambda x: F.linear(x, weight)
@@ -47,6 +53,8 @@ def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
     has = torch.cpu.get_capabilities()
     if dtype == torch.bfloat16 and (has.get("avx512_bf16") or has.get("amx_tile")) and torch.backends.mkldnn.enabled:
         return Kernel.ONEDNN
+    if dtype == torch.bfloat16 and library() is not None:
+        return Kernel.NATIVE
     if has.get("avx2") and "fbgemm" in torch.backends.quantized.supported_engines:
         return Kernel.FBGEMM
     return Kernel.PLAIN
