@@ -9,6 +9,7 @@ name in the loop. On a CPU with a C compiler all layers are one call (medusa/nat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa.attention import step_mask
+from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
-from medusa.linear import Kernel, Linear, kernel_for
+from medusa.linear import NATIVE, Kernel, Linear, kernel_for
+from medusa.native.build import library
 from medusa.native.linear import PackedWeight
 from medusa.native.llama import NativeLayer, NativeLlama
 
@@ -48,10 +51,17 @@ class FusedLlama:
             and model.dtype.is_floating_point
         )
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
+        """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them."""
         config: Any = model.config
         core: Any = model.get_decoder()
-        self.kernel = kernel_for(model.dtype, model.device)
+        self.int8 = int8
+        self.kernel = Kernel.NATIVE_INT8 if int8 else kernel_for(model.dtype, model.device)
+        if int8 and (model.device.type != "cpu" or library() is None):
+            raise BackboneError(
+                f"int8 weights need a CPU with a C compiler (here: {model.device.type}, "
+                f"{'no ' if library() is None else ''}kernels); use bfloat16"
+            )
         self.dtype = self.kernel.activation_dtype(model.dtype)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -62,7 +72,7 @@ class FusedLlama:
         self.norm = core.norm.weight.to(self.dtype)
         self.native: NativeLlama | None = None
         self.layers: list[_Layer] = []
-        if self.kernel is Kernel.NATIVE and NativeLlama.fits(self.head_dim):
+        if self.kernel in NATIVE and NativeLlama.fits(self.head_dim):
             self.native = self._native(core, max_context=config.max_position_embeddings)
         else:
             self.layers = [self._fuse(layer) for layer in core.layers]
@@ -85,7 +95,7 @@ class FusedLlama:
         tables = self.rotary(torch.zeros(1), torch.arange(max_context)[None])
         cos, sin = (table[0, :, : self.head_dim // 2] for table in tables)
         return NativeLlama(
-            [_native_layer(layer) for layer in core.layers],
+            [self._native_layer(layer) for layer in core.layers],
             norm=self.norm,
             cos=cos,
             sin=sin,
@@ -93,6 +103,18 @@ class FusedLlama:
             groups=self.groups,
             head_dim=self.head_dim,
             eps=self.eps,
+        )
+
+    def _native_layer(self, layer: Any) -> NativeLayer:
+        attn, mlp, packed = layer.self_attn, layer.mlp, partial(PackedWeight.of, int8=self.int8)
+        return NativeLayer(
+            norm_attention=layer.input_layernorm.weight.float(),
+            norm_mlp=layer.post_attention_layernorm.weight.float(),
+            query_key_value=packed(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)])),
+            out=packed(attn.o_proj.weight),
+            gate=packed(mlp.gate_proj.weight),
+            up=packed(mlp.up_proj.weight),
+            down=packed(mlp.down_proj.weight),
         )
 
     def _joined(self, *layers: Any) -> Linear:
@@ -150,19 +172,6 @@ class _Layer:
     norm_mlp: Tensor
     gate_up: Linear
     down: Linear
-
-
-def _native_layer(layer: Any) -> NativeLayer:
-    attn, mlp = layer.self_attn, layer.mlp
-    return NativeLayer(
-        norm_attention=layer.input_layernorm.weight.float(),
-        norm_mlp=layer.post_attention_layernorm.weight.float(),
-        query_key_value=PackedWeight.of(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)])),
-        out=PackedWeight.of(attn.o_proj.weight),
-        gate=PackedWeight.of(mlp.gate_proj.weight),
-        up=PackedWeight.of(mlp.up_proj.weight),
-        down=PackedWeight.of(mlp.down_proj.weight),
-    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -15,10 +15,12 @@
 #include <omp.h>
 #endif
 
+#ifndef LANES
 #ifdef __AVX512F__
 #define LANES 16
 #else
 #define LANES 8
+#endif
 #endif
 #define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
 #define TILE 6    /* rows that share one pass over a panel */

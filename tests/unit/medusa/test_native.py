@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medusa.backbone import Backbone, Placement
+from medusa import fused_llama
+from medusa.backbone import Backbone, Placement, load_backbone
 from medusa.config import SamplingParams
 from medusa.engine import Engine, Request
+from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.linear import Kernel, kernel_for
 from medusa.native import build
 from medusa.native.linear import PackedWeight
 from medusa.tree import Tree
-from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer
+from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder
 from tests.unit.medusa.tiny import chain_placement, random_heads, trees
 
 CPU = torch.device("cpu")
@@ -145,6 +147,34 @@ def test_in_bfloat16_a_tree_in_a_batch_answers_as_plain_decoding_alone() -> None
     for name in range(5):
         alone = Engine(backbone, max_batch_size=1, context_length=128)
         assert [c.token_ids for c in alone.run([request(name)])] == [answers[str(name)]]
+
+
+@needs_kernels
+def test_int8_weights_decode_nearly_as_they_were(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path / "llama", "llama", seed=4)
+    rounded, whole = (load_backbone(tmp_path / "llama", dtype=kind) for kind in ("int8", "bfloat16"))
+    assert (rounded.weight_dtype, whole.weight_dtype) == (torch.int8, torch.bfloat16)
+    assert rounded.fingerprint == whole.fingerprint
+    ids = torch.randint(0, 300, (1, 20))
+    with torch.inference_mode():
+        ours, theirs = (
+            b.logits(b.step(ids, chain_placement(20), b.new_cache(num_slots=1, capacity=32))) for b in (rounded, whole)
+        )
+    gap = (ours - theirs).norm() / theirs.norm()
+    assert 0 < gap < 0.05
+
+
+@needs_kernels
+def test_int8_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("qwen2", "llama"):
+        save_tiny_folder(tmp_path / family, family, seed=4)
+    with pytest.raises(BackboneError, match=r"qwen2.* int8 weights, which are for the Llama family"):
+        load_backbone(tmp_path / "qwen2", dtype="int8")
+    with pytest.raises(BackboneError, match="int8 weights, which are for the Llama family through the fused path"):
+        load_backbone(tmp_path / "llama", dtype="int8", fused=False)
+    monkeypatch.setattr(fused_llama, "library", lambda: None)
+    with pytest.raises(BackboneError, match="int8 weights need a CPU with a C compiler"):
+        load_backbone(tmp_path / "llama", dtype="int8")
 
 
 @pytest.fixture
