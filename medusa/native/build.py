@@ -35,17 +35,27 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("MEDUSA_NATIVE") == "0":
         return None
     try:
-        path = default_cache_dir() / "native" / f"kernels-{_key(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
         _share_thread_pool()
-        loaded = ctypes.CDLL(str(path))
+        loaded = _load(compiler, default_cache_dir() / "native" / f"kernels-{_key(compiler)}.so")
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("the CPU kernels cannot be compiled, so decoding is slower: %s", reason.strip()[:500])
         return None
     loaded.medusa_lanes.restype = loaded.medusa_work_floats.restype = ctypes.c_int64
     return loaded
+
+
+def _load(compiler: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, compiled if it is not there; for this process alone where it cannot be kept there."""
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        except PermissionError:
+            with tempfile.TemporaryDirectory() as mine:
+                _compile(compiler, Path(mine) / path.name)
+                return ctypes.CDLL(str(Path(mine) / path.name))
+    return ctypes.CDLL(str(path))
 
 
 def _key(compiler: str) -> str:
@@ -66,7 +76,6 @@ def _processor() -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     """The library appears whole or not at all; two processes may make it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as work:
         made = Path(work) / path.name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]

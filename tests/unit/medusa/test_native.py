@@ -196,6 +196,16 @@ def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPat
     assert build.library() is not None
 
 
+@needs_kernels
+def test_a_cache_folder_that_cannot_be_written_costs_only_time(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "mkdir", closed)
+    assert build.library() is not None
+    assert not list(fresh.iterdir())
+
+
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("compiler", ["", "#!/bin/sh\necho 'no such option' >&2\n[ $1 = --version ]\n"])
 def test_without_a_working_compiler_another_kernel_is_taken(
