@@ -29,9 +29,9 @@ ARG BACKBONE=yes
 RUN mkdir -p /opt/medusa && if [ "$BACKBONE" = yes ]; then MEDUSA_CACHE=/opt/medusa medusa provision; fi
 
 FROM ${PYTHON_IMAGE}
-# KubeRay's probes ask with wget.
+# KubeRay's probes ask with wget; on a CPU, decoding compiles its kernels for the machine that it runs on.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends wget \
+ && apt-get install --yes --no-install-recommends wget gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 1000 --create-home medusa
 COPY --from=build /opt/venv /opt/venv

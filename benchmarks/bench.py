@@ -107,7 +107,7 @@ def make_contenders(
 def main(
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
     heads: Annotated[str, typer.Option(help="'default' or a heads folder")] = "default",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
     max_tokens: Annotated[int, typer.Option(min=2, help="length of every answer")] = 128,

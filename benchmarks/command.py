@@ -25,7 +25,7 @@ def choose_trees(model: Model, choices: Sequence[str | int]) -> list[Tree | Dyna
 
 
 def dtype_name(model: Model) -> str:
-    return str(model.backbone.dtype).removeprefix("torch.")
+    return str(model.backbone.weight_dtype).removeprefix("torch.")
 
 
 def describe(backbone: str, dtype: str, rows: Sequence[Prompt], file: Path | None) -> dict[str, object]:

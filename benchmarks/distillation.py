@@ -130,7 +130,7 @@ def main(
     heads: Annotated[
         str, typer.Option(help="'default', a heads folder, or 'none' for plain decoding alone")
     ] = "default",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="rows decoded together; repeat it to compare")] = None,

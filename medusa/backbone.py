@@ -35,6 +35,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "int8": torch.int8,  # the weights of products alone; needs the CPU kernels
 }
 MOVING_ROPE = {"longrope", "dynamic"}
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
@@ -96,6 +97,11 @@ class Backbone:
         return self.model.dtype
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the weights in products: int8 where they were rounded, else `dtype`."""
+        return torch.int8 if self.fused is not None and self.fused.int8 else self.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -143,7 +149,7 @@ class Backbone:
         adapters.merge_into(self.model)
         self.version += 1
         if self.fused is not None:
-            self.fused = FusedLlama(self.model)  # it holds copies of the weights
+            self.fused = FusedLlama(self.model, int8=self.fused.int8)  # it holds copies of the weights
 
     # Running it
 
@@ -165,6 +171,9 @@ class Backbone:
         where = placement
         num_new = ids.shape[1]
         cache.begin(first_slot=where.first_slot, offsets=where.offsets, num_new=num_new, length=where.length)
+        positions = (where.offsets[:, None] + where.depths).clamp_max(self.max_context - 1)
+        if self.fused is not None:
+            return self.fused(ids, positions, where, cache)
         masks = {
             kind: attention.step_mask(
                 offsets=where.offsets,
@@ -176,9 +185,6 @@ class Backbone:
             )
             for kind, window in self._windows.items()
         }
-        positions = (where.offsets[:, None] + where.depths).clamp_max(self.max_context - 1)
-        if self.fused is not None:
-            return self.fused(ids, positions, masks["full_attention"], cache)
         return self._run(ids, positions, masks, cache)
 
     def hidden_states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -244,9 +250,13 @@ def load_backbone(
 ) -> Backbone:
     """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype or device.
 
-    `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference.
+    `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference. `int8`
+    rounds the weights of that path, half the bytes of bfloat16: for the Llama family on a CPU with a C compiler.
     """
     torch_dtype = parse_dtype(dtype)
+    int8 = torch_dtype == torch.int8
+    if int8:
+        torch_dtype = torch.bfloat16
     where = parse_device(device)
     source = default_backbone() if str(name) == DEFAULT_BACKBONE else name
     if str(source).startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -271,7 +281,12 @@ def load_backbone(
     assert backbone.fingerprint
     model.to(where, torch_dtype)
     if fused and FusedLlama.fits(model):
-        backbone.fused = FusedLlama(model)
+        backbone.fused = FusedLlama(model, int8=int8)
+    elif int8:
+        raise BackboneError(
+            f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for the Llama family through the "
+            "fused path; use bfloat16"
+        )
     check_decodable(backbone)
     return backbone
 

@@ -2,22 +2,31 @@
 
     B sequences, N new positions, D hidden, H query heads, G query heads per key/value head, E head size
 
-Query, key and value are one product, gate and up another; weights are packed for this device; rotary tables are made
-once; nothing is looked up by name in the loop.
+Query, key and value are one product, gate and up another; weights are packed for this device; nothing is looked up by
+name in the loop. On a CPU with a C compiler all layers are one call (medusa/native).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa.attention import step_mask
+from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
-from medusa.linear import Kernel, Linear, kernel_for
+from medusa.linear import NATIVE, Kernel, Linear, kernel_for
+from medusa.native.build import library
+from medusa.native.linear import PackedWeight
+from medusa.native.llama import NativeLayer, NativeLlama
+
+if TYPE_CHECKING:
+    from medusa.backbone import Placement
 
 FAMILY = ("llama",)
 
@@ -42,10 +51,17 @@ class FusedLlama:
             and model.dtype.is_floating_point
         )
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
+        """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them."""
         config: Any = model.config
         core: Any = model.get_decoder()
-        self.kernel = kernel_for(model.dtype, model.device)
+        self.int8 = int8
+        self.kernel = Kernel.NATIVE_INT8 if int8 else kernel_for(model.dtype, model.device)
+        if int8 and (model.device.type != "cpu" or library() is None):
+            raise BackboneError(
+                f"int8 weights need a CPU with a C compiler (here: {model.device.type}, "
+                f"{'no ' if library() is None else ''}kernels); use bfloat16"
+            )
         self.dtype = self.kernel.activation_dtype(model.dtype)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -54,7 +70,12 @@ class FusedLlama:
         self.embedding = core.embed_tokens.weight
         self.rotary = core.rotary_emb
         self.norm = core.norm.weight.to(self.dtype)
-        self.layers = [self._fuse(layer) for layer in core.layers]
+        self.native: NativeLlama | None = None
+        self.layers: list[_Layer] = []
+        if self.kernel in NATIVE and NativeLlama.fits(self.head_dim):
+            self.native = self._native(core, max_context=config.max_position_embeddings)
+        else:
+            self.layers = [self._fuse(layer) for layer in core.layers]
         self.lm_head = self.linear(model.get_output_embeddings().weight)
 
     def _fuse(self, layer: Any) -> _Layer:
@@ -66,6 +87,34 @@ class FusedLlama:
             norm_mlp=layer.post_attention_layernorm.weight.to(self.dtype),
             gate_up=self._joined(mlp.gate_proj, mlp.up_proj),
             down=self.linear(mlp.down_proj.weight),
+        )
+
+    def _native(self, core: Any, *, max_context: int) -> NativeLlama:
+        """All layers in one call. The rotary tables are made once: what a position gets must not depend on its place in
+        a batch."""
+        tables = self.rotary(torch.zeros(1), torch.arange(max_context)[None])
+        cos, sin = (table[0, :, : self.head_dim // 2] for table in tables)
+        return NativeLlama(
+            [self._native_layer(layer) for layer in core.layers],
+            norm=self.norm,
+            cos=cos,
+            sin=sin,
+            num_kv_heads=self.num_kv_heads,
+            groups=self.groups,
+            head_dim=self.head_dim,
+            eps=self.eps,
+        )
+
+    def _native_layer(self, layer: Any) -> NativeLayer:
+        attn, mlp, packed = layer.self_attn, layer.mlp, partial(PackedWeight.of, int8=self.int8)
+        return NativeLayer(
+            norm_attention=layer.input_layernorm.weight.float(),
+            norm_mlp=layer.post_attention_layernorm.weight.float(),
+            query_key_value=packed(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)])),
+            out=packed(attn.o_proj.weight),
+            gate=packed(mlp.gate_proj.weight),
+            up=packed(mlp.up_proj.weight),
+            down=packed(mlp.down_proj.weight),
         )
 
     def _joined(self, *layers: Any) -> Linear:
@@ -80,10 +129,19 @@ class FusedLlama:
         """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic."""
         return self.kernel.prepare(weight)
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        """ids [B,N], positions [B,N], additive mask [B,1,N,S] → last hidden states [B,N,D]."""
+    def __call__(self, ids: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
+        """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""
         batch, num_new = ids.shape
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
+        if self.native is not None:
+            return self.native(hidden, positions, where, cache)
+        mask = step_mask(
+            offsets=where.offsets,
+            depths=where.depths,
+            visible=where.visible,
+            length=where.length,
+            dtype=self.dtype,
+        )
         cos, sin = (table.unsqueeze(1) for table in self.rotary(hidden, positions))
         mask = mask.repeat(1, 1, self.groups, 1)
         heads = (self.num_kv_heads * self.groups, self.num_kv_heads)

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medusa.native.build import library
+from medusa.native.linear import PackedWeight
+
 Linear = Callable[[Tensor], Tensor]
 TYPICAL_ROWS = 16  # what oneDNN lays a weight out for: a step's nodes
 
@@ -25,19 +28,26 @@ class Kernel(Enum):
 
     PLAIN = "plain"  # PyTorch's own; activations in the weight's type
     ONEDNN = "onednn"  # bf16 weights in oneDNN's own layout, on CPUs with bf16 arithmetic; bf16 activations
+    NATIVE = "native"  # bf16 weights widened in registers by our own kernels; float32 activations and arithmetic
+    NATIVE_INT8 = "native int8"  # the same, of weights rounded to int8
     FBGEMM = "fbgemm"  # weights as packed fp16, float32 activations and arithmetic: for CPUs that emulate the type
 
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self is Kernel.FBGEMM else weight_dtype
+        return torch.float32 if self in (*NATIVE, Kernel.FBGEMM) else weight_dtype
 
     def prepare(self, weight: Tensor) -> Linear:
         """weight [O,I] → a function x [...,I] → x·weightᵀ [...,O]."""
         weight = weight.detach()
         if self is Kernel.ONEDNN:
             return _onednn(weight)
+        if self in NATIVE:
+            return PackedWeight.of(weight, int8=self is Kernel.NATIVE_INT8)
         if self is Kernel.FBGEMM:
             return _fbgemm(weight)
         return lambda x: F.linear(x, weight)
+
+
+NATIVE = (Kernel.NATIVE, Kernel.NATIVE_INT8)
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
@@ -47,6 +57,8 @@ def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
     has = torch.cpu.get_capabilities()
     if dtype == torch.bfloat16 and (has.get("avx512_bf16") or has.get("amx_tile")) and torch.backends.mkldnn.enabled:
         return Kernel.ONEDNN
+    if dtype == torch.bfloat16 and library() is not None:
+        return Kernel.NATIVE
     if has.get("avx2") and "fbgemm" in torch.backends.quantized.supported_engines:
         return Kernel.FBGEMM
     return Kernel.PLAIN

@@ -1,0 +1,89 @@
+"""From kernels.c to a loaded library, once for each machine. Knows the C compiler and the cache folder; knows no tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from medusa.provision import default_cache_dir
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+LIMIT_S = 120
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had: no C compiler, or one without what they need.
+
+    Compiling takes seconds, once for each machine, compiler and version of the source: the cache folder keeps it.
+    `MEDUSA_NATIVE=0` does without.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None or os.environ.get("MEDUSA_NATIVE") == "0":
+        return None
+    try:
+        _share_thread_pool()
+        loaded = _load(compiler, default_cache_dir() / "native" / f"kernels-{_key(compiler)}.so")
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning("the CPU kernels cannot be compiled, so decoding is slower: %s", reason.strip()[:500])
+        return None
+    loaded.medusa_lanes.restype = loaded.medusa_work_floats.restype = ctypes.c_int64
+    return loaded
+
+
+def _load(compiler: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, compiled if it is not there; for this process alone where it cannot be kept there."""
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        except PermissionError:
+            with tempfile.TemporaryDirectory() as mine:
+                _compile(compiler, Path(mine) / path.name)
+                return ctypes.CDLL(str(Path(mine) / path.name))
+    return ctypes.CDLL(str(path))
+
+
+def _key(compiler: str) -> str:
+    """What the library depends on: source, flags, compiler, processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=LIMIT_S).stdout
+    digest = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode())
+    digest.update(_processor().encode())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Name and features: a cache folder may be shared by machines of several kinds."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return platform.machine() + "".join(told)
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """The library appears whole or not at all; two processes may make it at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as work:
+        made = Path(work) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S)
+        os.replace(made, path)
+
+
+def _share_thread_pool() -> None:
+    """Let the kernels find PyTorch's own OpenMP runtime: a second one would keep threads of its own on the same cores."""
+    for runtime in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,445 @@
+/* A decoding step of the Llama family on a CPU: products, norms, rotary embedding, cache and tree attention.
+
+   M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
+
+   Weights keep their own type and are widened in registers; all arithmetic is float32. What a row gets does not depend on
+   the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So a tree of any
+   shape and a batch of any size give, bit for bit, what plain decoding of the sequence alone gives.
+
+   Plain C with GCC's vector types; compiled for the machine at hand by medusa/native/build.py. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifndef LANES
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#endif
+#define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
+#define TILE 6    /* rows that share one pass over a panel */
+#define QUERIES 4 /* queries that share one pass over keys and values */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+typedef float AnyFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float AnyFour __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+enum { FLOAT32, BFLOAT16, INT8 };
+#define WORD(type) (1 << (type)) /* weights in a word */
+
+/* In words of 32 bits, lane j of a panel holds
+     FLOAT32   [inputs][2]: output j, output j + LANES
+     BFLOAT16  [inputs]: both, the first in the low half
+     INT8      [inputs / 2]: both of one input in the low half, both of the next in the high half */
+typedef struct {
+    const uint32_t *panels;
+    const float *scales; /* INT8: one for each output, padded like the panels */
+    int64_t outputs, inputs, type;
+} Weight;
+
+typedef struct {
+    const float *norm_attention, *norm_mlp;
+    Weight query_key_value, out, gate, up, down;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers, hidden, num_kv_heads, groups, head_dim;
+    float eps;
+    const float *norm, *cos, *sin; /* cos and sin [positions][E / 2] */
+} Model;
+
+typedef struct {
+    int64_t batch, num_new;
+    const int64_t *offsets, *positions; /* [batch], [batch][num_new] */
+    const uint8_t *visible;             /* [num_new][num_new] of the first sequence: may that row see that column? */
+    int64_t visible_stride;             /* to the next sequence's; 0 where all share one */
+    float *cache;                       /* keys of the first layer, first row's slot; values lie one plane behind */
+    int64_t plane_stride, slot_stride, head_stride;
+    float *hidden; /* [M][D], embeddings in, last hidden states out */
+    float *work;   /* medusa_work_floats of it */
+    int64_t threads;
+} Step;
+
+/* --- vectors ------------------------------------------------------------------------------------------------------ */
+
+INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
+INLINE void store(float *to, Floats x) { *(AnyFloats *)to = x; }
+INLINE Floats spread(float x) { return x - (Floats){0}; }
+
+INLINE Floats choose(Ints which, Floats a, Floats b) { return (Floats)((which & (Ints)a) | (~which & (Ints)b)); }
+
+/* e^x to a few units in the last place; exactly 0 from -87 down, so that -inf weighs nothing. */
+INLINE Floats exponential(Floats x)
+{
+    const Floats magic = spread(12582912.0f); /* adding it rounds to an integer */
+    Ints vanishes = x < -87.0f;
+    x = choose(vanishes, spread(-87.0f), x);
+    x = choose(x > 88.0f, spread(88.0f), x);
+    Floats n = (x * 1.44269504f + magic) - magic;
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return (Floats)((Ints)(p * (Floats)power) & ~vanishes);
+}
+
+INLINE Four halves(Floats x)
+{
+#if LANES == 16
+    typedef float Eight __attribute__((vector_size(32)));
+    Eight both = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(both, both, 0, 1, 2, 3) + __builtin_shufflevector(both, both, 4, 5, 6, 7);
+#else
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#endif
+}
+
+/* The sums of four vectors. */
+INLINE Four sums(Floats a, Floats b, Floats c, Floats d)
+{
+    Four p = halves(a), q = halves(b), r = halves(c), s = halves(d);
+    Four low = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+    Four high = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+    return __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
+}
+
+INLINE void share(int64_t all, int64_t thread, int64_t threads, int64_t *first, int64_t *last)
+{
+    *first = all * thread / threads;
+    *last = all * (thread + 1) / threads;
+}
+
+/* --- products ----------------------------------------------------------------------------------------------------- */
+
+/* Both halves of a panel at input k (and, of INT8, k + 1). */
+INLINE void widen(const Weight *w, int type, int64_t panel, int64_t k, Floats now[2], Floats next[2])
+{
+    const uint32_t *at = w->panels + (panel * w->inputs + k) * PANEL / WORD(type);
+    Words words = *(const AnyWords *)at;
+    if (type == FLOAT32) {
+        now[0] = (Floats)words;
+        now[1] = (Floats)*(const AnyWords *)(at + LANES);
+    } else if (type == BFLOAT16) {
+        now[0] = (Floats)(words << 16);
+        now[1] = (Floats)(words & 0xffff0000u);
+    } else {
+        now[0] = __builtin_convertvector((Ints)(words << 24) >> 24, Floats);
+        now[1] = __builtin_convertvector((Ints)(words << 16) >> 24, Floats);
+        next[0] = __builtin_convertvector((Ints)(words << 8) >> 24, Floats);
+        next[1] = __builtin_convertvector((Ints)words >> 24, Floats);
+    }
+}
+
+/* Rows of x [.][inputs] times some panels, into out [rows][panels * PANEL]. `type`, `panels` and `rows` are constants. */
+INLINE void tile(const Weight *w, int type, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    const int64_t inputs = w->inputs;
+    const int stride = type == INT8 ? 2 : 1;
+    Floats sum[TILE][4];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < panels * 2; v++) sum[r][v] = (Floats){0};
+    for (int64_t k = 0; k < inputs; k += stride) {
+        Floats weights[2][4];
+        for (int p = 0; p < panels; p++) widen(w, type, panel + p, k, weights[0] + 2 * p, weights[1] + 2 * p);
+        for (int i = 0; i < stride; i++)
+            for (int r = 0; r < rows; r++) {
+                Floats input = spread(x[r * inputs + k + i]);
+                for (int v = 0; v < panels * 2; v++) sum[r][v] += input * weights[i][v];
+            }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < panels * 2; v++) {
+            if (type == INT8) sum[r][v] *= load(w->scales + panel * PANEL + v * LANES);
+            store(out + (r * panels * 2 + v) * LANES, sum[r][v]);
+        }
+}
+
+INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    switch (rows) {
+    case 1: tile(w, type, panel, panels, x, 1, out); break;
+    case 2: tile(w, type, panel, panels, x, 2, out); break;
+    case 3: tile(w, type, panel, panels, x, 3, out); break;
+    case 4: tile(w, type, panel, panels, x, 4, out); break;
+    case 5: tile(w, type, panel, panels, x, 5, out); break;
+    default: tile(w, type, panel, panels, x, TILE, out);
+    }
+}
+
+/* Few rows leave registers for a second panel, whose sums then hide the latency of the first's. */
+static void bfloat16_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    if (panels == 2) tile_of(w, BFLOAT16, panel, 2, x, rows, out);
+    else tile_of(w, BFLOAT16, panel, 1, x, rows, out);
+}
+
+static void int8_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    if (panels == 2) tile_of(w, INT8, panel, 2, x, rows, out);
+    else tile_of(w, INT8, panel, 1, x, rows, out);
+}
+
+static void float32_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    if (panels == 2) tile_of(w, FLOAT32, panel, 2, x, rows, out);
+    else tile_of(w, FLOAT32, panel, 1, x, rows, out);
+}
+
+static void any_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+{
+    if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, x, rows, out);
+    else if (w->type == INT8) int8_tile(w, panel, panels, x, rows, out);
+    else float32_tile(w, panel, panels, x, rows, out);
+}
+
+INLINE int64_t panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
+
+/* y [rows][outputs] = x times weights, or += where `add`; this thread's share of the outputs. */
+static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, int64_t thread, int64_t threads)
+{
+    int64_t panel, last;
+    share(panels_of(w), thread, threads, &panel, &last);
+    const int64_t wide = rows <= 3 || LANES == 16 ? 2 : 1;
+    float out[TILE * 2 * PANEL];
+    while (panel < last) {
+        const int64_t panels = last - panel < wide ? 1 : wide, from = panel * PANEL;
+        const int64_t width = (w->outputs - from < panels * PANEL ? w->outputs - from : panels * PANEL);
+        for (int64_t row = 0; row < rows; row += TILE) {
+            const int here = rows - row < TILE ? (int)(rows - row) : TILE;
+            any_tile(w, panel, (int)panels, x + row * w->inputs, here, out);
+            for (int r = 0; r < here; r++) {
+                float *to = y + (row + r) * w->outputs + from;
+                const float *got = out + r * panels * PANEL;
+                if (add)
+                    for (int64_t o = 0; o < width; o++) to[o] += got[o];
+                else
+                    memcpy(to, got, (size_t)width * sizeof(float));
+            }
+        }
+        panel += panels;
+    }
+}
+
+/* y [rows][F] = SiLU(x gate) * (x up). */
+static void gated(const Layer *layer, const float *x, int64_t rows, float *y, int64_t thread, int64_t threads)
+{
+    const Weight *gate = &layer->gate, *up = &layer->up;
+    int64_t panel, last;
+    share(panels_of(gate), thread, threads, &panel, &last);
+    float gates[TILE * PANEL], ups[TILE * PANEL];
+    for (; panel < last; panel++) {
+        const int64_t from = panel * PANEL, left = gate->outputs - from;
+        const size_t width = (size_t)(left < PANEL ? left : PANEL);
+        for (int64_t row = 0; row < rows; row += TILE) {
+            const int here = rows - row < TILE ? (int)(rows - row) : TILE;
+            any_tile(gate, panel, 1, x + row * gate->inputs, here, gates);
+            any_tile(up, panel, 1, x + row * up->inputs, here, ups);
+            for (int i = 0; i < here * PANEL; i += LANES) {
+                Floats g = load(gates + i);
+                store(gates + i, g / (1.0f + exponential(-g)) * load(ups + i));
+            }
+            for (int r = 0; r < here; r++) memcpy(y + (row + r) * gate->outputs + from, gates + r * PANEL, width * sizeof(float));
+        }
+    }
+}
+
+/* --- the rest of a layer ------------------------------------------------------------------------------------------ */
+
+static void norm(const float *x, const float *weight, float eps, int64_t size, float *y)
+{
+    Floats squares = {0};
+    float tail = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    for (int64_t j = i; j < size; j++) tail += x[j] * x[j];
+    const float sum = sums(squares, squares, squares, squares)[0] + tail, scale = 1.0f / sqrtf(sum / (float)size + eps);
+    for (int64_t j = 0; j < size; j++) y[j] = x[j] * scale * weight[j];
+}
+
+static void norms(const float *x, const float *weight, const Model *m, int64_t rows, float *y, int64_t thread, int64_t threads)
+{
+    int64_t row, last;
+    share(rows, thread, threads, &row, &last);
+    for (; row < last; row++) norm(x + row * m->hidden, weight, m->eps, m->hidden, y + row * m->hidden);
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t half)
+{
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* Rotate queries and keys of this thread's rows and put keys and values where they belong. */
+static void place(const Model *m, const Step *s, float *cache, float *qkv, int64_t thread, int64_t threads)
+{
+    const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
+    int64_t row, last;
+    share(s->batch * s->num_new, thread, threads, &row, &last);
+    for (; row < last; row++) {
+        const int64_t b = row / s->num_new, slot = s->offsets[b] + row % s->num_new, at = s->positions[row] * (size / 2);
+        float *query = qkv + row * width, *key = query + m->groups * heads * size, *value = key + heads * size;
+        for (int64_t h = 0; h < (m->groups + 1) * heads; h++) rotate(query + h * size, m->cos + at, m->sin + at, size / 2);
+        for (int64_t h = 0; h < heads; h++) {
+            float *to = cache + b * s->slot_stride + h * s->head_stride + slot * size;
+            memcpy(to, key + h * size, (size_t)size * sizeof(float));
+            memcpy(to + s->plane_stride, value + h * size, (size_t)size * sizeof(float));
+        }
+    }
+}
+
+/* Up to QUERIES queries of one key/value head over its prefix and tree. `weights` holds [positions][QUERIES]. */
+static void attend(const Step *s, int64_t b, const float *keys, const float *values, int64_t size, const float *const *query,
+                   const int64_t *node, float *const *out, int count, float *weights)
+{
+    const int64_t prefix = s->offsets[b], span = prefix + s->num_new, vectors = size / LANES;
+    const float scale = 1.0f / sqrtf((float)size);
+    const uint8_t *visible = s->visible + b * s->visible_stride;
+    Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    for (int64_t t = 0; t < span; t++) {
+        Floats dot[QUERIES] = {{0}};
+        for (int64_t v = 0; v < vectors; v++) {
+            Floats key = load(keys + t * size + v * LANES);
+            for (int q = 0; q < QUERIES; q++) dot[q] += load(query[q] + v * LANES) * key;
+        }
+        Four score = sums(dot[0], dot[1], dot[2], dot[3]) * scale;
+        if (t >= prefix)
+            for (int q = 0; q < QUERIES; q++)
+                if (!visible[node[q] * s->num_new + t - prefix]) score[q] = -INFINITY;
+        *(AnyFour *)(weights + t * QUERIES) = score;
+        for (int q = 0; q < QUERIES; q++) most[q] = score[q] > most[q] ? score[q] : most[q];
+    }
+    Floats top;
+    for (int i = 0; i < LANES; i++) top[i] = most[i % QUERIES];
+    for (int64_t i = span * QUERIES; i % LANES; i++) weights[i] = -INFINITY;
+    for (int64_t i = 0; i < span * QUERIES; i += LANES) store(weights + i, exponential(load(weights + i) - top));
+    Four total = {0};
+    for (int64_t t = 0; t < span; t++) total += *(const AnyFour *)(weights + t * QUERIES);
+    for (int64_t v = 0; v < vectors; v += 2) {
+        const int pair = vectors - v > 1;
+        Floats sum[QUERIES][2] = {{{0}}};
+        for (int64_t t = 0; t < span; t++) {
+            const float *from = values + t * size + v * LANES;
+            Floats first = load(from), second = pair ? load(from + LANES) : first;
+            for (int q = 0; q < QUERIES; q++) {
+                Floats weight = spread(weights[t * QUERIES + q]);
+                sum[q][0] += weight * first;
+                sum[q][1] += weight * second;
+            }
+        }
+        for (int q = 0; q < count; q++) {
+            store(out[q] + v * LANES, sum[q][0] / total[q]);
+            if (pair) store(out[q] + (v + 1) * LANES, sum[q][1] / total[q]);
+        }
+    }
+}
+
+/* qkv [M][(H + 2 H/G) E] -> seen [M][H E]. Queries of one key/value head are taken QUERIES at a time. */
+static void attention(const Model *m, const Step *s, const float *cache, const float *qkv, float *seen, float *weights,
+                      int64_t thread, int64_t threads)
+{
+    const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
+    const int64_t queries = m->groups * s->num_new, blocks = (queries + QUERIES - 1) / QUERIES;
+    int64_t task, last;
+    share(s->batch * heads * blocks, thread, threads, &task, &last);
+    for (; task < last; task++) {
+        const int64_t b = task / (heads * blocks), head = task / blocks % heads, first = task % blocks * QUERIES;
+        const float *keys = cache + b * s->slot_stride + head * s->head_stride;
+        const int count = queries - first < QUERIES ? (int)(queries - first) : QUERIES;
+        const float *query[QUERIES];
+        float *out[QUERIES];
+        int64_t node[QUERIES];
+        for (int q = 0; q < QUERIES; q++) { /* the last block repeats its last query */
+            const int64_t which = first + (q < count ? q : count - 1), row = b * s->num_new + which / m->groups;
+            const int64_t at = (head * m->groups + which % m->groups) * size;
+            node[q] = which / m->groups;
+            query[q] = qkv + row * width + at;
+            out[q] = seen + row * m->groups * heads * size + at;
+        }
+        attend(s, b, keys, keys + s->plane_stride, size, query, node, out, count, weights);
+    }
+}
+
+/* --- what Python calls -------------------------------------------------------------------------------------------- */
+
+static int64_t longest(const Step *s)
+{
+    int64_t most = 0;
+    for (int64_t b = 0; b < s->batch; b++) most = s->offsets[b] > most ? s->offsets[b] : most;
+    return most + s->num_new + LANES;
+}
+
+int64_t medusa_lanes(void) { return LANES; }
+
+int64_t medusa_work_floats(const Model *m, const Step *s)
+{
+    const int64_t heads = m->num_kv_heads * m->head_dim;
+    const int64_t row = m->hidden + (2 * m->groups + 2) * heads + m->layers->gate.outputs;
+    return s->batch * s->num_new * row + s->threads * longest(s) * QUERIES;
+}
+
+void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, int64_t threads)
+{
+#pragma omp parallel num_threads((int)threads)
+    {
+#ifdef _OPENMP
+        product(w, x, rows, y, 0, omp_get_thread_num(), omp_get_num_threads());
+#else
+        product(w, x, rows, y, 0, 0, 1);
+#endif
+    }
+}
+
+void medusa_layers(const Model *m, const Step *s)
+{
+    const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, scratch = longest(s) * QUERIES;
+    float *normed = s->work, *qkv = normed + rows * m->hidden, *seen = qkv + rows * (m->groups + 2) * heads;
+    float *inner = seen + rows * m->groups * heads, *weights = inner + rows * m->layers->gate.outputs;
+#pragma omp parallel num_threads((int)s->threads)
+    {
+        int64_t thread = 0, threads = 1;
+#ifdef _OPENMP
+        thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+        for (int64_t i = 0; i < m->num_layers; i++) {
+            const Layer *layer = m->layers + i;
+            float *cache = s->cache + 2 * i * s->plane_stride;
+            norms(s->hidden, layer->norm_attention, m, rows, normed, thread, threads);
+#pragma omp barrier
+            product(&layer->query_key_value, normed, rows, qkv, 0, thread, threads);
+#pragma omp barrier
+            place(m, s, cache, qkv, thread, threads);
+#pragma omp barrier
+            attention(m, s, cache, qkv, seen, weights + thread * scratch, thread, threads);
+#pragma omp barrier
+            product(&layer->out, seen, rows, s->hidden, 1, thread, threads);
+#pragma omp barrier
+            norms(s->hidden, layer->norm_mlp, m, rows, normed, thread, threads);
+#pragma omp barrier
+            gated(layer, normed, rows, inner, thread, threads);
+#pragma omp barrier
+            product(&layer->down, inner, rows, s->hidden, 1, thread, threads);
+#pragma omp barrier
+        }
+        norms(s->hidden, m->norm, m, rows, normed, thread, threads);
+    }
+    memcpy(s->hidden, normed, (size_t)(rows * m->hidden) * sizeof(float));
+}
