@@ -66,6 +66,11 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._replays)
 
+    @property
+    def shapes(self) -> list[StepShape]:
+        """Of the recorded steps, one entry for each kind of sampling."""
+        return [shape for shape, _ in self._replays]
+
     def run(self, shape: StepShape, rows: SamplingRows, live: int) -> Tensor:
         """One step of rows 0…live−1; the result [B,2+L] is overwritten by a later step. `rows` must stay on the device."""
         assert rows.stays_on_device, "edits and log-probabilities take part on the host"
