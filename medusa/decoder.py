@@ -164,7 +164,7 @@ class Decoder:
         log-probabilities take the host's part in between, so such rows are never replayed.
         """
         live, nodes = num_rows if live is None else live, nodes or self.shape.num_nodes
-        needed = max(self._host_lengths[:num_rows]) + nodes
+        needed = max(self._host_lengths[:num_rows]) + self.tree_of(nodes).num_nodes  # made here: not while recording
         if self.graphs is not None and rows.stays_on_device:
             shape = StepShape(num_rows, nodes, min(_coarse_bucket(needed), self.cache.capacity))
             self.cache.mark_used(0, num_rows, shape.length)

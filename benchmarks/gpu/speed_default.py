@@ -58,7 +58,9 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], *, max_tokens: int)
     )
 
 
-def engines(model: Model, *, batch: int, context_length: int, nodes: int | None, graphs: bool) -> dict[str, Engine]:
+def engines(
+    model: Model, *, batch: int, context_length: int, nodes: int | None, policy_s: float, graphs: bool
+) -> dict[str, Engine]:
     """Plain first; "adaptive" where it is known how often the heads are right."""
 
     def make(heads: bool) -> Engine:
@@ -71,7 +73,7 @@ def engines(model: Model, *, batch: int, context_length: int, nodes: int | None,
     made = {PLAIN: make(False), TREE: make(True)}
     if model.checkpoint is not None and model.checkpoint.accuracy is not None:
         made[ADAPTIVE] = make(True)
-        made[ADAPTIVE].policy = fit_policy(made[ADAPTIVE].decoder, model.checkpoint.accuracy)
+        made[ADAPTIVE].policy = fit_policy(made[ADAPTIVE].decoder, model.checkpoint.accuracy, budget_s=policy_s)
     return made
 
 
@@ -131,6 +133,7 @@ def main(
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    policy_s: Annotated[float, typer.Option(help="seconds to measure step times in, for the adaptive tree")] = 10.0,
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="CUDA graphs, or kernel by kernel")] = True,
     output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
 ) -> None:
@@ -142,7 +145,7 @@ def main(
     room = min(max(map(len, encoded)) + max_tokens, model.backbone.max_context)
     figures: dict[int, dict[str, dict[str, object]]] = {}
     for size in batch or BATCHES:
-        made = engines(model, batch=size, context_length=room, nodes=nodes, graphs=graphs)
+        made = engines(model, batch=size, context_length=room, nodes=nodes, policy_s=policy_s, graphs=graphs)
         asked = encoded if size == 1 else list(islice(cycle(encoded), ROUNDS * size))
         figures[size] = figures_of(compare(made, asked, max_tokens=max_tokens, repeats=repeats))
         grid(size, figures[size]).show(console)

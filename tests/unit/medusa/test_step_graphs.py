@@ -74,8 +74,16 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     return {done.request_id: done.token_ids for done in engine.run(requests)}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("path", "tree"), [("fused", "static"), ("fused", "dynamic"), ("generic", "static")])
+@pytest.mark.parametrize(
+    ("path", "tree", "scheme"),
+    [
+        *(("fused", "static", scheme) for scheme in SCHEMES),
+        ("fused", "dynamic", "rejection"),
+        ("fused", "dynamic", "mixed"),
+        ("generic", "static", "greedy"),
+        ("generic", "static", "mixed"),
+    ],
+)
 def test_replayed_steps_decode_what_eager_steps_decode(path: str, tree: str, scheme: str) -> None:
     def engine(graphs: Any) -> Engine:
         return Engine(*MODELS[path], tree=TREES[tree], max_batch_size=2, context_length=CONTEXT, graphs=graphs)
@@ -154,7 +162,7 @@ def test_a_step_never_looks_at_a_value(path: str, tree: str, scheme: str) -> Non
     """So it is fit for a GPU's graph. With the CPU's early exit it does look, which shows that looking is seen."""
     made = decoder_of(path, slots=4, graphs=False, tree=TREES[tree])
     rows = SamplingRows.of([SamplingParams(**params) for params in SCHEMES[scheme]], CPU)
-    shape = StepShape(len(rows.seed), TREES[tree].num_nodes, 128)
+    shape = StepShape(len(rows.seed), made.tree_of(TREES[tree].num_nodes).num_nodes, 128)
     with torch.inference_mode():
         table = run_without_values(lambda: made._advance(shape, rows, torch.ones(())).table)
         assert table.shape == (shape.num_rows, 2 + STATIC.depth)
