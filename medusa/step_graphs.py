@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from medusa.config import SamplingParams
+from medusa.errors import BackboneError
 from medusa.sampling import SamplingKind, SamplingRows
 
 MAX_GRAPHS = 128
@@ -111,8 +112,14 @@ class CudaCapture:
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads, of other engines, go on with what would spoil a recording of their own.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = step()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = step()
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise BackboneError(
+                    f"a decode step cannot be recorded as a CUDA graph: {reason} (give graphs=False, or serve.cuda_graphs=false)"
+                ) from error
 
         def replay() -> Tensor:
             graph.replay()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa.attention import TreeKernel, parse_tree_kernel
@@ -66,7 +67,7 @@ def typical_tree(num_nodes: int) -> Tree:
 def read_bytes(backbone: Backbone, *, rows: int, context: int) -> int:
     """What a plain step of `rows` sequences must read: every weight but the embedding's rows, and all keys and values."""
     weights = sum(weight.numel() * weight.element_size() for weight in backbone.model.parameters())
-    embedding = backbone.model.get_input_embeddings().weight
+    embedding: Tensor = backbone.model.get_input_embeddings().weight  # type: ignore[assignment]
     kept = backbone.new_cache(num_slots=1, capacity=1).store  # of one position
     cache = kept.numel() * kept.element_size() * rows * context
     return weights - embedding.numel() * embedding.element_size() + cache

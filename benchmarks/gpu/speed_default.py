@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
@@ -40,6 +40,17 @@ class Run:
     tokens_per_s: float
     answers: dict[str, list[int]]
     acceleration_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One contender at one batch size: its speed, the ratio to plain decoding, and how many answers are plain's."""
+
+    tokens_per_s: float
+    against_plain: Spread
+    acceleration_rate: float
+    num_identical: int
+    num_answers: int
 
 
 def answer_all(engine: Engine, prompts: Sequence[list[int]], *, max_tokens: int) -> Run:
@@ -92,31 +103,28 @@ def compare(
     return runs
 
 
-def figures_of(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, object]]:
-    """Speed, ratio to plain and agreement with it, for each contender."""
+def figures_of(runs: Mapping[str, Sequence[Run]]) -> dict[str, Figures]:
     plain = runs[PLAIN]
-    figures: dict[str, dict[str, object]] = {}
-    for name, own in runs.items():
-        speedup = Spread.of([mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in zip(own, plain, strict=True)])
-        same = sum(own[0].answers[key] == answer for key, answer in plain[0].answers.items())
-        figures[name] = {
-            "tokens_per_s": Spread.of([run.tokens_per_s for run in own]).median,
-            "against_plain": (speedup.min, speedup.median, speedup.max),
-            "acceleration_rate": own[0].acceleration_rate,
-            "identical_answers": (same, len(plain[0].answers)),
-        }
-    return figures
+    return {
+        name: Figures(
+            tokens_per_s=Spread.of([run.tokens_per_s for run in own]).median,
+            against_plain=Spread.of(
+                [mine.tokens_per_s / one.tokens_per_s for mine, one in zip(own, plain, strict=True)]
+            ),
+            acceleration_rate=own[0].acceleration_rate,
+            num_identical=sum(own[0].answers[key] == answer for key, answer in plain[0].answers.items()),
+            num_answers=len(plain[0].answers),
+        )
+        for name, own in runs.items()
+    }
 
 
-def grid(batch: int, figures: Mapping[str, Mapping[str, object]]) -> Grid:
-    rows = []
-    for name, own in figures.items():
-        low, middle, high = own["against_plain"]  # type: ignore[misc]
-        same, count = own["identical_answers"]  # type: ignore[misc]
-        rows.append(
-            [name, f"{low:.2f}", f"{middle:.2f}", f"{high:.2f}", f"{own['acceleration_rate']:.2f}",
-             f"{own['tokens_per_s']:.0f}", f"{same} of {count}"]
-        )  # fmt: skip
+def grid(batch: int, figures: Mapping[str, Figures]) -> Grid:
+    rows = [
+        [name, *(f"{ratio:.2f}" for ratio in (own.against_plain.min, own.against_plain.median, own.against_plain.max)),
+         f"{own.acceleration_rate:.2f}", f"{own.tokens_per_s:.0f}", f"{own.num_identical} of {own.num_answers}"]
+        for name, own in figures.items()
+    ]  # fmt: skip
     columns = ("", "/ plain, min", "median", "max", "tokens a step", "tokens/s", "same answers")
     return Grid(title=f"{batch} sequences", columns=columns, rows=rows)
 
@@ -143,7 +151,7 @@ def main(
     model = medusa.load(backbone, heads=heads, device=device, dtype=dtype, tree_kernel=kernel)  # type: ignore[arg-type]
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = min(max(map(len, encoded)) + max_tokens, model.backbone.max_context)
-    figures: dict[int, dict[str, dict[str, object]]] = {}
+    figures: dict[int, dict[str, Figures]] = {}
     for size in batch or BATCHES:
         made = engines(model, batch=size, context_length=room, nodes=nodes, policy_s=policy_s, graphs=graphs)
         asked = encoded if size == 1 else list(islice(cycle(encoded), ROUNDS * size))
@@ -157,7 +165,8 @@ def main(
     page = save(
         output, f"gpu-speed-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}",
         title=f"Tree and plain decoding, {kind}", machine=machine, settings=settings,
-        grids=[grid(size, own) for size, own in figures.items()], figures={str(size): own for size, own in figures.items()},
+        grids=[grid(size, own) for size, own in figures.items()],
+        figures={str(size): {name: asdict(one) for name, one in own.items()} for size, own in figures.items()},
     )  # fmt: skip
     console.print(f"\nwritten to {page.name}", highlight=False)
 
