@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa.attention import TreeKernel, parse_tree_kernel
 from medusa.backbone import Backbone
 from medusa.config import HeadsConfig
 from medusa.fused_llama import FusedLlama
@@ -18,7 +17,7 @@ from medusa.tree import Tree
 from medusa.tree_search import grow_paths
 
 NUM_HEADS = 5
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "vicuna-7b": dict(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
@@ -30,9 +29,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def random_backbone(
-    name: str, *, device: torch.device, dtype: torch.dtype, tree_kernel: TreeKernel = "sdpa"
-) -> Backbone:
+def random_backbone(name: str, *, device: torch.device, dtype: torch.dtype) -> Backbone:
     """A Llama of these shapes, through the fused path. ValueError for a name that is not in SHAPES."""
     if name not in SHAPES:
         raise ValueError(f"unknown shapes {name!r}; choose one of {', '.join(SHAPES)}")
@@ -42,7 +39,6 @@ def random_backbone(
     model.requires_grad_(False)
     backbone = Backbone(model=model, tokenizer=SimpleNamespace(eos_token_id=None), name=name)
     backbone.fused = FusedLlama(backbone.model)
-    backbone.tree_kernel = parse_tree_kernel(tree_kernel, device)
     return backbone
 
 

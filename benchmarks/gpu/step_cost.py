@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import typer
@@ -53,6 +53,12 @@ class Measured:
         return row[max(row)] / row[min(row)]
 
 
+def parse_lm_heads(name: str) -> LmHeads:
+    if name not in get_args(LmHeads):
+        raise ValueError(f"unknown lm_heads {name!r}; choose one of {', '.join(get_args(LmHeads))}")
+    return name  # type: ignore[return-value]
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -90,12 +96,15 @@ def measure(
     backbone: Backbone,
     lm_heads: LmHeads,
     *,
+    kernel: TreeKernel,
     nodes: Sequence[int],
     batches: Sequence[int],
     context: int,
     repeats: int,
     graphs: bool,
 ) -> Measured:
+    assert backbone.fused is not None
+    backbone.fused.tree_kernel = kernel
     tree = typical_tree(max(nodes))
     decoder = Decoder(
         backbone, random_heads(backbone, lm_heads), tree, num_slots=max(batches),
@@ -105,7 +114,7 @@ def measure(
         batch: {n: step_seconds(decoder, batch=batch, nodes=n, context=context, repeats=repeats) for n in nodes}
         for batch in batches
     }
-    return Measured(lm_heads=lm_heads, kernel=backbone.tree_kernel, seconds=seconds)
+    return Measured(lm_heads=lm_heads, kernel=kernel, seconds=seconds)
 
 
 def grids(measured: Sequence[Measured], shares: Mapping[str, Mapping[int, float]]) -> list[Grid]:
@@ -149,10 +158,19 @@ def main(
     measured: list[Measured] = []
     shares: dict[str, dict[int, float]] = {}
     backbone = random_backbone(shapes, device=where, dtype=parse_dtype(dtype))
-    for chosen in kernel or (["sdpa", "triton"] if where.type == "cuda" else ["sdpa"]):
-        backbone.tree_kernel = parse_tree_kernel(chosen, where)
-        for kind in lm_heads or ["shared", "own"]:
-            one = measure(backbone, kind, nodes=sizes, batches=batches, context=context, repeats=repeats, graphs=graphs)  # type: ignore[arg-type]
+    kernels = kernel or (["sdpa", "triton"] if where.type == "cuda" else ["sdpa"])
+    for chosen in [parse_tree_kernel(name, where) for name in kernels]:
+        for kind in [parse_lm_heads(name) for name in lm_heads or ["shared", "own"]]:
+            one = measure(
+                backbone,
+                kind,
+                kernel=chosen,
+                nodes=sizes,
+                batches=batches,
+                context=context,
+                repeats=repeats,
+                graphs=graphs,
+            )
             measured.append(one)
             shares[one.name] = {
                 b: read_bytes(backbone, rows=b, context=context) / row[1] / bandwidth for b, row in one.seconds.items()

@@ -48,8 +48,7 @@ def engine_answers(
     """Five answers through two slots; prompts begin below the border of a length bucket and end behind it."""
     backbone = tiny_backbone(family, seed=3, dtype=dtype)
     backbone.model.to(device)
-    backbone.fused = FusedLlama(backbone.model) if fused else None
-    backbone.tree_kernel = kernel  # type: ignore[assignment]
+    backbone.fused = FusedLlama(backbone.model, tree_kernel=kernel) if fused else None  # type: ignore[arg-type]
     engine = Engine(
         backbone,
         random_heads(backbone).to(device),
