@@ -101,19 +101,20 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one for all: what a stream has allocated is its own
 
     def __call__(self, step: Replay) -> Replay:
         with torch.cuda.device(self._device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UP_RUNS):
                     step()
-            current.wait_stream(side)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads, of other engines, go on with what would spoil a recording of their own.
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     result = step()
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_KEYS = 64
-MAX_BLOCK_ROWS = 64
+BLOCK = 64  # keys of a block, and most query rows
+FLOAT32_BLOCK = 32  # a block of 64 would not fit into a processor's shared memory
 MAX_PIECES = 64
 PROGRAMS_PER_PROCESSOR = 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,10 +134,12 @@ def tree_attention(
     assert num_rows % num_nodes == 0 and visible.dtype == torch.bool
     assert keys.stride(3) == values.stride(3) == visible.stride(2) == 1, "read along the last dimension"
     query = query.contiguous()
-    block_rows = min(MAX_BLOCK_ROWS, max(16, triton.next_power_of_2(num_rows)))
+    exact = query.dtype == torch.float32
+    block = FLOAT32_BLOCK if exact else BLOCK
+    block_rows = min(block, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
     head = max(16, triton.next_power_of_2(size))
-    pieces = num_pieces or _num_pieces(batch * num_heads * row_blocks, keys.shape[2], query.device)
+    pieces = num_pieces or _num_pieces(batch * num_heads * row_blocks, triton.cdiv(keys.shape[2], block), query.device)
     partial = torch.empty(batch, num_heads, num_rows, pieces, size, dtype=torch.float32, device=query.device)
     most, total = (torch.empty(partial.shape[:-1], dtype=torch.float32, device=query.device) for _ in range(2))
     out = torch.empty_like(query)
@@ -145,8 +147,8 @@ def tree_attention(
     _pieces[(batch * num_heads, row_blocks, pieces)](
         query, keys, values, offsets, seen, partial, most, total, scale or size**-0.5,
         num_heads, num_rows, num_nodes, size, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        *seen.stride()[:2], ROWS=block_rows, KEYS=BLOCK_KEYS, HEAD=head,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        *seen.stride()[:2], ROWS=block_rows, KEYS=block, HEAD=head,
+        PRECISION="ieee" if exact else "tf32",
     )  # fmt: skip
     _join[(batch * num_heads * num_rows,)](
         partial, most, total, out, pieces, size, PIECES=triton.next_power_of_2(pieces), HEAD=head
@@ -154,8 +156,8 @@ def tree_attention(
     return out
 
 
-def _num_pieces(programs: int, length: int, device: torch.device) -> int:
+def _num_pieces(programs: int, key_blocks: int, device: torch.device) -> int:
     """Enough programs for every processor, by what is known when a graph is recorded: shapes alone."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
-    return max(1, min(wanted, triton.cdiv(length, BLOCK_KEYS), MAX_PIECES))
+    return max(1, min(wanted, key_blocks, MAX_PIECES))
