@@ -44,6 +44,7 @@ class EngineMaker:
             context_length=min(settings.context_length, model.backbone.max_context),
             prefix_cache_tokens=settings.prefix_cache_tokens,
             on_step=self._on_step,
+            graphs=settings.cuda_graphs,
         )
         if settings.adaptive_tree:
             self._policy = self._policy or self._fit(engine)

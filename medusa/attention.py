@@ -8,7 +8,8 @@ lies less than `window` *positions* (not slots) back: siblings share a position 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from medusa.errors import BackboneError
 
 IMPLEMENTATION = "medusa_tree"
+TreeKernel = Literal["sdpa", "triton"]
+MAX_TRITON_NODES = 256  # chunks of prompts are longer, and few: the masked kernel reads them
+# Query with its groups folded into its rows [B,H/G,G·N,E], keys and values [B,H/G,S,E] → as the query.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def tree_attention(
@@ -54,6 +59,23 @@ def tree_attention(
             @ value
         )
     return out.reshape(batch, heads, num_new, size).transpose(1, 2), None
+
+
+def parse_tree_kernel(name: str, device: torch.device) -> TreeKernel:
+    """ValueError for a kernel that is not known, or not to be had on this device."""
+    if name not in get_args(TreeKernel):
+        raise ValueError(f"unknown tree_kernel {name!r}; choose one of {', '.join(get_args(TreeKernel))}")
+    if name == "triton" and device.type != "cuda":
+        raise ValueError(f"tree_kernel 'triton' needs a CUDA GPU, got device {device}; use 'sdpa'")
+    return name  # type: ignore[return-value]
+
+
+def triton_attend(offsets: Tensor, visible: Tensor) -> Attend:
+    """Attention of a step without a mask of the context: see `tree_attention_triton`. Shapes as in `step_mask`."""
+    from medusa import tree_attention_triton  # Triton is where CUDA builds of torch are
+
+    each = visible.expand(len(offsets), -1, -1)
+    return lambda query, keys, values: tree_attention_triton.tree_attention(query, keys, values, offsets, each)
 
 
 def _given_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:

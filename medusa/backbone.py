@@ -149,7 +149,8 @@ class Backbone:
         adapters.merge_into(self.model)
         self.version += 1
         if self.fused is not None:
-            self.fused = FusedLlama(self.model, int8=self.fused.int8)  # it holds copies of the weights
+            # It holds copies of the weights.
+            self.fused = FusedLlama(self.model, int8=self.fused.int8, tree_kernel=self.fused.tree_kernel)
 
     # Running it
 
@@ -247,11 +248,13 @@ def load_backbone(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     fused: bool = True,
+    tree_kernel: attention.TreeKernel = "sdpa",
 ) -> Backbone:
     """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype or device.
 
     `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference. `int8`
     rounds the weights of that path, half the bytes of bfloat16: for the Llama family on a CPU with a C compiler.
+    `tree_kernel` is how the fused path attends on a GPU: with a mask, or by a Triton kernel without one.
     """
     torch_dtype = parse_dtype(dtype)
     int8 = torch_dtype == torch.int8
@@ -281,7 +284,7 @@ def load_backbone(
     assert backbone.fingerprint
     model.to(where, torch_dtype)
     if fused and FusedLlama.fits(model):
-        backbone.fused = FusedLlama(model, int8=int8)
+        backbone.fused = FusedLlama(model, int8=int8, tree_kernel=attention.parse_tree_kernel(tree_kernel, where))
     elif int8:
         raise BackboneError(
             f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for the Llama family through the "

@@ -20,6 +20,7 @@ from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree, dynamic_candidat
 from medusa.heads import MedusaHeads
 from medusa.logprobs import TokenLogprobs
 from medusa.sampling import SamplingRows
+from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
 from medusa.tree import DeviceTree, RowTrees, Tree
 
 LENGTH_BUCKET = 128
@@ -38,6 +39,18 @@ class StepTokens:
     logprobs: list[TokenLogprobs]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Advanced:
+    """A step as it stands on the device. `table` [B,2+L]: accepted nodes, next root, the tokens below the root.
+
+    `path` [B,L+1] holds the accepted nodes from the root on, `before` the logits that log-probabilities are read from.
+    """
+
+    table: Tensor
+    path: Tensor
+    before: dict[int, Tensor]
+
+
 class Decoder:
     """The state of up to `num_slots` sequences and the step that advances them. Rows 0…B−1 are always the live ones.
 
@@ -54,7 +67,9 @@ class Decoder:
         num_slots: int,
         context_length: int,
         prefill_chunk: int = DEFAULT_CHUNK,
+        graphs: bool | Capture = True,
     ) -> None:
+        """`graphs` replays steps as CUDA graphs where the device has them; a function of `step_graphs` does it by that."""
         tree.check_fits(
             num_heads=heads.num_heads if heads else 0, vocab_size=heads.num_choices if heads else backbone.vocab_size
         )
@@ -76,6 +91,13 @@ class Decoder:
         self.roots = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.hidden = torch.zeros(num_slots, backbone.hidden_size, dtype=backbone.step_dtype, device=device)
         self._host_lengths = [0] * num_slots
+        capture = capture_for(device, graphs)
+        self.graphs = capture and StepGraphs(
+            lambda shape, rows, live: self._advance(shape, rows, live).table,
+            num_slots=num_slots,
+            device=device,
+            capture=capture,
+        )
 
     def open(self, slot: int, prefix: Sequence[Tensor] = ()) -> None:
         """Give a slot to a new sequence; `prefix` holds the keys and values of its first tokens where they are known."""
@@ -138,34 +160,52 @@ class Decoder:
         where it is dynamic, each row's best.
 
         Rows up to `num_rows` (default: the live ones) are computed with them so that shapes repeat. Whatever sequence lies
-        there stays as it is: what is written goes behind its length. One transfer to the host, at the end.
+        there stays as it is: what is written goes behind its length. One transfer to the host, at the end; but edits and
+        log-probabilities take the host's part in between, so such rows are never replayed.
         """
-        everyone, advancing = slice(0, num_rows), slice(0, num_rows if live is None else live)
+        live, nodes = num_rows if live is None else live, nodes or self.shape.num_nodes
+        needed = max(self._host_lengths[:num_rows]) + self.tree_of(nodes).num_nodes  # made here: not while recording
+        if self.graphs is not None and rows.stays_on_device:
+            shape = StepShape(num_rows, nodes, min(_coarse_bucket(needed), self.cache.capacity))
+            self.cache.mark_used(0, num_rows, shape.length)
+            emitted = self._to_host(self.graphs.run(shape, rows, live)[:live])
+            return StepTokens(tokens=emitted, logprobs=[()] * live)
+        early_exit = self.backbone.device.type == "cpu"
+        shape = StepShape(num_rows, nodes, _bucket(needed))
+        advanced = self._advance(shape, rows, live, early_exit=early_exit)
+        emitted = self._to_host(advanced.table[:live])
+        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(advanced.before, advanced.path, emitted))
+
+    def _advance(
+        self, shape: StepShape, rows: SamplingRows, live: Tensor | int, *, early_exit: bool = False
+    ) -> _Advanced:
+        """The step itself, on the device alone unless rows have edits or `early_exit` is asked for: every shape is known
+        beforehand, the data decides about nothing but data. Rows from `live` on keep length, root and hidden state."""
+        everyone = slice(0, shape.num_rows)
         offsets = self.lengths[everyone]
-        tokens, tree = self.propose(everyone, self.tree_of(nodes or self.shape.num_nodes))
+        tokens, tree = self.propose(everyone, self.tree_of(shape.nodes))
         placement = Placement(
-            first_slot=0,
-            offsets=offsets,
-            depths=tree.depths,
-            visible=tree.ancestor_mask,
-            length=_bucket(max(self._host_lengths[everyone]) + tree.num_nodes),
+            first_slot=0, offsets=offsets, depths=tree.depths, visible=tree.ancestor_mask, length=shape.length
         )
         hidden = self.backbone.step(tokens, placement, self.cache)
         logits = self.backbone.logits(hidden)
         before = rows.logprobs.before_edits(logits)
-        accepted = accept(tree, tokens, logits, rows, offsets)
+        accepted = accept(tree, tokens, logits, rows, offsets, early_exit=early_exit)
 
-        tokens, offsets, node = tokens[advancing], offsets[advancing], accepted.node[advancing]
-        num_accepted, next_root = accepted.num_accepted[advancing], accepted.next_root[advancing]
-        path = tree.path_to(node)
+        path = tree.path_to(accepted.node)
+        below = tokens.gather(1, path.clamp_min(0))[:, 1:]
+        table = torch.cat([accepted.num_accepted[:, None], accepted.next_root[:, None], below], dim=1)
         if tree.num_nodes > 1:
             self.cache.compact(first_slot=0, offsets=offsets, kept=path)
-        self.hidden[advancing] = hidden[torch.arange(len(node), device=node.device), node]
-        self.lengths[advancing] = offsets + 1 + num_accepted
-        self.roots[advancing] = next_root
-        below = tokens.gather(1, path.clamp_min(0))[:, 1:]
-        emitted = self._to_host(below, num_accepted, next_root)
-        return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, path, emitted))
+        row = torch.arange(shape.num_rows, device=offsets.device)
+        for state, new in (
+            (self.lengths, offsets + 1 + accepted.num_accepted),
+            (self.roots, accepted.next_root),
+            (self.hidden, hidden[row, accepted.node]),
+        ):
+            advancing = (row < live).view(-1, *[1] * (state.dim() - 1))
+            state[everyone] = torch.where(advancing, new, state[everyone])
+        return _Advanced(table=table, path=path, before=before)
 
     def tree_of(self, nodes: int) -> DeviceTree | DeviceDynamicTree:
         """The first `nodes` nodes of this decoder's tree."""
@@ -214,10 +254,9 @@ class Decoder:
         self.lengths[slot] = length
         self._host_lengths[slot] = length
 
-    def _to_host(self, below: Tensor, num_accepted: Tensor, next_root: Tensor) -> list[list[int]]:
-        table = torch.cat([num_accepted[:, None], next_root[:, None], below], dim=1).tolist()
+    def _to_host(self, table: Tensor) -> list[list[int]]:
         emitted = []
-        for row, (accepted, root, *path) in enumerate(table):
+        for row, (accepted, root, *path) in enumerate(table.tolist()):
             self._host_lengths[row] += 1 + accepted
             emitted.append([*path[:accepted], root])
         return emitted
@@ -226,6 +265,12 @@ class Decoder:
 def _bucket(length: int) -> int:
     """Cache lengths come in few sizes, so that shapes repeat."""
     return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
+
+
+def _coarse_bucket(length: int) -> int:
+    """Fewer sizes for long caches, since each is a graph: from 1,024 on, four to eight for each doubling."""
+    size = max(LENGTH_BUCKET, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // size) * size
 
 
 def chunk_size(length: int) -> int:

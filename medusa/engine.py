@@ -22,6 +22,7 @@ from medusa.request import Completion, Delta, FinishReason, Phase, Request, Stat
 from medusa.sampling import SamplingRows
 from medusa.schedule import Schedule
 from medusa.sequence import Sequence
+from medusa.step_graphs import Capture
 from medusa.tree import Tree
 from medusa.tree_policy import Gain, TreePolicy, tree_sizes
 
@@ -52,11 +53,13 @@ class Engine:
         prefix_cache_tokens: int = 0,
         policy: TreePolicy | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        graphs: bool | Capture = True,
     ) -> None:
         """`prefill_tokens` bounds a chunk (one of CHUNK_BUCKETS; None: by the device). `prefix_cache_tokens` are kept of
         prompts and answers for later prompts that begin alike (0: none); an engine starts with none and shares them with
         no other. `policy` shrinks the tree as the batch grows, for requests whose answers do not depend on it (None:
         always `tree`). `on_step` is told of each forward, in the thread that steps; it must be quick and not raise.
+        `graphs` replays recorded decode steps on a GPU (False: never; a function of `step_graphs`: by that).
         """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
@@ -76,7 +79,13 @@ class Engine:
         self.policy = policy
         self.prefixes = PrefixCache(prefix_cache_tokens)
         self.decoder = Decoder(
-            backbone, heads, self.tree, num_slots=max_batch_size, context_length=length, prefill_chunk=chunk
+            backbone,
+            heads,
+            self.tree,
+            num_slots=max_batch_size,
+            context_length=length,
+            prefill_chunk=chunk,
+            graphs=graphs,
         )
         self.step_seconds: deque[float] = deque(maxlen=4096)
         self._on_step = on_step

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa.attention import step_mask
+from medusa.attention import MAX_TRITON_NODES, Attend, TreeKernel, step_mask, triton_attend
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
 from medusa.linear import NATIVE, Kernel, Linear, kernel_for
@@ -51,11 +51,13 @@ class FusedLlama:
             and model.dtype.is_floating_point
         )
 
-    def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
-        """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them."""
+    def __init__(self, model: PreTrainedModel, *, int8: bool = False, tree_kernel: TreeKernel = "sdpa") -> None:
+        """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them.
+        `tree_kernel` attends to prefix and tree where the CPU's own kernels do not."""
         config: Any = model.config
         core: Any = model.get_decoder()
         self.int8 = int8
+        self.tree_kernel = tree_kernel
         self.kernel = Kernel.NATIVE_INT8 if int8 else kernel_for(model.dtype, model.device)
         if int8 and (model.device.type != "cpu" or library() is None):
             raise BackboneError(
@@ -135,15 +137,8 @@ class FusedLlama:
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         if self.native is not None:
             return self.native(hidden, positions, where, cache)
-        mask = step_mask(
-            offsets=where.offsets,
-            depths=where.depths,
-            visible=where.visible,
-            length=where.length,
-            dtype=self.dtype,
-        )
+        attend = self._attend(where, num_new)
         cos, sin = (table.unsqueeze(1) for table in self.rotary(hidden, positions))
-        mask = mask.repeat(1, 1, self.groups, 1)
         heads = (self.num_kv_heads * self.groups, self.num_kv_heads)
         shape = (batch, num_new, -1, self.head_dim)
         for index, layer in enumerate(self.layers):
@@ -151,12 +146,25 @@ class FusedLlama:
             query, key = _rotate(qkv[:, : sum(heads)], cos, sin).split(heads, dim=1)
             keys, values = cache.update(key, qkv[:, sum(heads) :], index)
             folded = query.reshape(batch, self.num_kv_heads, self.groups * num_new, self.head_dim)
-            seen = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+            seen = attend(folded, keys, values)
             seen = seen.reshape(batch, -1, num_new, self.head_dim).transpose(1, 2).reshape(batch, num_new, -1)
             hidden = hidden + layer.out(seen)
             gate, up = layer.gate_up(self._rms(hidden, layer.norm_mlp)).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return self._rms(hidden, self.norm)
+
+    def _attend(self, where: Placement, num_new: int) -> Attend:
+        """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
+        if self.tree_kernel == "triton" and num_new <= MAX_TRITON_NODES:
+            return triton_attend(where.offsets, where.visible)
+        mask = step_mask(
+            offsets=where.offsets,
+            depths=where.depths,
+            visible=where.visible,
+            length=where.length,
+            dtype=self.dtype,
+        ).repeat(1, 1, self.groups, 1)
+        return lambda query, keys, values: F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
     def _rms(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.eps)

@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 
+from medusa.attention import TreeKernel
 from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import SamplingParams
@@ -224,15 +225,17 @@ def load(
     device: str | torch.device | None = None,
     force: bool = False,
     fused: bool = True,
+    tree_kernel: TreeKernel = "sdpa",
 ) -> Model:
     """A model ready to generate.
 
     `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` (the trained heads
     that come with this package, for the default backbone) or None (plain decoding, the original backbone). A MEDUSA-2
-    checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights. Raises
+    checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights; `fused` and
+    `tree_kernel` as in `load_backbone`. Raises
     BackboneError, CheckpointError, ValueError.
     """
-    loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused)
+    loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused, tree_kernel=tree_kernel)
     if heads is None:
         return Model(loaded, None)
     folder = pretrained_heads(loaded.name) if str(heads) == "default" else FilePath(heads)

@@ -56,7 +56,11 @@ class KVCache:
         self._targets = (self._base(first_slot, offsets)[..., None] + new).flatten()
         self._rows = slice(first_slot, first_slot + batch)
         self._length = length
-        for slot in range(first_slot, first_slot + batch):
+        self.mark_used(first_slot, batch, length)
+
+    def mark_used(self, first_slot: int, num_rows: int, length: int) -> None:
+        """Positions below `length` of these slots may have been written: by a forward that was replayed, not begun."""
+        for slot in range(first_slot, first_slot + num_rows):
             self._used[slot] = max(self._used[slot], length)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

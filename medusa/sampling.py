@@ -9,7 +9,8 @@ choice, position, token id), so a draw is the same whatever the tree, the batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,21 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 NO_LIMIT = 2**31
 GREEDY, TYPICAL, REJECTION = (SCHEMES.index(name) for name in ("greedy", "typical", "rejection"))
+
+
+COLUMNS = (
+    "scheme", "temperature", "top_p", "top_k", "seed", "choice", "epsilon", "delta", "sample_root", "max_nodes"
+)  # fmt: skip
+
+
+class SamplingKind(NamedTuple):
+    """What the rows of a batch need, and so which operations a step has. Named as in `SamplingRows`."""
+
+    any_typical: bool
+    any_walk: bool
+    any_noise: bool
+    any_filter: bool
+    any_limit: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,26 @@ class SamplingRows:
     any_limit: bool
     edits: tuple[LogitEdits | GrammarMasks, ...]
     logprobs: LogprobRows
+
+    @property
+    def kind(self) -> SamplingKind:
+        return SamplingKind(self.any_typical, self.any_walk, self.any_noise, self.any_filter, self.any_limit)
+
+    @property
+    def stays_on_device(self) -> bool:
+        """Is choosing tokens a matter of tensors alone? Edits read what was emitted, and log-probabilities are told."""
+        return not self.edits and not self.logprobs.num_top
+
+    def load(self, other: SamplingRows) -> None:
+        """Copy the columns of as many or fewer rows into the first of these; flags stay."""
+        for name in COLUMNS:
+            column = getattr(other, name)
+            getattr(self, name)[: len(column)] = column
+
+    def view(self, num_rows: int, kind: SamplingKind) -> SamplingRows:
+        """The first rows, with other flags: their columns are these columns."""
+        columns = {name: getattr(self, name)[:num_rows] for name in COLUMNS}
+        return replace(self, **columns, **kind._asdict())
 
     @classmethod
     def of(

@@ -339,7 +339,8 @@ class ServeSection(Section):
     its running requests `drain_s` to end. `prefix_cache_tokens` of earlier prompts and answers are kept for prompts that
     begin alike (0: none). `tree` is a number of nodes, "dynamic" or "dynamic:N" (the likeliest nodes for each context), or null
     for the checkpoint's own. With `adaptive_tree`, trees shrink as more requests run, where that is faster; answers of typical
-    acceptance, which depend on their tree, keep it.
+    acceptance, which depend on their tree, keep it. On a GPU decode steps are replayed as CUDA graphs, unless `cuda_graphs` is
+    false: then each is launched kernel by kernel.
 
     `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
     most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
@@ -361,6 +362,7 @@ class ServeSection(Section):
     prefix_cache_tokens: NonNegativeInt = 4096
     tree: TreeName | None = None
     adaptive_tree: bool = True
+    cuda_graphs: bool = True
     acceptance: Literal["typical", "rejection"] = "typical"
     epsilon: Threshold = DEFAULT_EPSILON
     delta: Threshold = DEFAULT_DELTA

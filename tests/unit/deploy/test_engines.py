@@ -10,7 +10,7 @@ from deploy import engines
 from deploy.engines import EngineMaker
 from medusa import Model, SamplingParams
 from medusa.checkpoint import Checkpoint
-from medusa.engine import Request
+from medusa.engine import Engine, Request
 from medusa.tree_policy import StepCosts
 from pipelines.config import ServeSection
 
@@ -102,3 +102,17 @@ def test_prefixes_are_kept(measured: Model, count: list[int]) -> None:
     stats = [next(iter(engine.run([each]))).stats for each in asked]
     assert stats[0].cached_tokens == 0
     assert stats[1].cached_tokens > 0
+
+
+def test_graphs_are_replayed_unless_switched_off(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def make(*args: object, graphs: bool, **options: object) -> Engine:
+        asked.append(graphs)
+        return Engine(*args, graphs=graphs, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engines, "Engine", make)
+    settings = SETTINGS.model_copy(update={"adaptive_tree": False})
+    for changed in (settings, settings.model_copy(update={"cuda_graphs": False})):
+        EngineMaker(measured, changed)()
+    assert asked == [True, False]
