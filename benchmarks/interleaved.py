@@ -44,6 +44,8 @@ def run_interleaved(
     """Every contender on every group of prompts, `num_repeats` times over; who begins rotates from group to group."""
     for contender in contenders:
         contender.answer(groups[0], WARM_UP_TOKENS)
+    gc.collect()
+    gc.freeze()  # a collection then looks at what turns leave behind, not at all that is loaded
     repeats: list[Repeat] = []
     for _ in track(range(num_repeats), description="repeats", console=console, transient=True):
         repeat: Repeat = {contender.name: [] for contender in contenders}
@@ -53,6 +55,7 @@ def run_interleaved(
                 gc.collect()
                 repeat[contender.name].append(contender.answer(group, num_tokens))
         repeats.append(repeat)
+    gc.unfreeze()
     return repeats
 
 

@@ -65,15 +65,17 @@ def peer_launches(
     launches = []
     if environments.vllm is not None:
         drafts: dict[str, dict[str, Any] | None] = {VLLM: None}
+        room = context_length
         if model.checkpoint is not None:
             heads = workdir / "heads"
             export_heads(heads, model.checkpoint, model.backbone, format="vllm", backbone_saved=True)
             count = model.checkpoint.heads.num_heads
             drafts[VLLM_HEADS] = {"method": "medusa", "model": str(heads), "num_speculative_tokens": count}
+            room += count + 1  # at the end of its context vLLM drafts less
         for name, draft in drafts.items():
             settings = {
                 "model": source, "dtype": str(model.backbone.dtype).removeprefix("torch."), "draft": draft,
-                "context_length": context_length, "max_batch_size": max_batch_size,
+                "context_length": room, "max_batch_size": max_batch_size,
                 "options": dict(environments.vllm_options or {}),
             }  # fmt: skip
             launches.append(

@@ -90,7 +90,7 @@ class Peer:
         stdout = self._process.stdout
         assert stdout is not None
         if not select.select([stdout], [], [], timeout_s)[0]:
-            raise TimeoutError(f"{self.name} said nothing for {timeout_s:.0f} s; {self._log_end()}")
+            raise TimeoutError(f"{self.name} said nothing for {timeout_s:g} s; {self._log_end()}")
         line = stdout.readline()
         if not line:
             raise ChildProcessError(f"{self.name} ended with exit code {self._process.wait()}; {self._log_end()}")
