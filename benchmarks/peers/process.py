@@ -36,8 +36,8 @@ class Launch:
 class Peer:
     """A contender in a process group of its own, stopped (SIGSTOP) except while it answers.
 
-    vLLM's processes poll while they wait, and OpenMP threads spin: awake, they would take cores from whoever is timed. A
-    stopped group whose parent dies is woken by the kernel and hung up, so none is left behind. Errors are OSErrors that
+    What an engine does behind its answer, spinning threads and polling processes, would take cores from whoever is timed
+    next. A stopped group whose parent dies is woken by the kernel and hung up, so none is left behind. Errors are OSErrors that
     quote the end of the engine's log in `folder`: ChildProcessError where it has ended, TimeoutError where it is silent.
     """
 
