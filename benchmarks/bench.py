@@ -22,7 +22,7 @@ from benchmarks.command import RESULTS, console, describe, dtype_name, run_comma
 from benchmarks.contenders import Contender, TransformersGenerate, load_reference
 from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
-from benchmarks.our_engines import OUR_CHAIN, our_engines
+from benchmarks.our_engines import INT8, OUR_CHAIN, our_engines
 from benchmarks.peers.engines import VLLM_HEADS, Environments, parse_options, peer_launches, weights_folder
 from benchmarks.peers.process import Launch, Peer
 from benchmarks.prompts import built_in, read_prompts
@@ -79,6 +79,7 @@ def main(
             help="nodes of the tree, dynamic:N, adaptive (by load) or chain; repeat it; targets take the first"
         ),
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="also ours with int8 weights, plain and the first tree")] = False,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
     prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
     vllm: Annotated[Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh")] = None,
@@ -103,6 +104,7 @@ def main(
     environments = Environments(vllm=vllm, vllm_options=parse_options(vllm_options), llama=llama, gguf=gguf)
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, dtype=dtype, device=device)
+    rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = max(map(len, encoded)) + max_tokens
     sections: dict[int, Section] = {}
@@ -122,6 +124,8 @@ def main(
             bandwidth = read_bandwidth(model.backbone.device)
             for size in batches:
                 ours = our_engines(model, tree or [], max_batch_size=size, context_length=room)
+                if rounded is not None:
+                    ours += our_engines(rounded, (tree or [])[:1], max_batch_size=size, context_length=room, kind=INT8)
                 sections[size] = measure_section(
                     ours, others, encoded, num_tokens=max_tokens, num_repeats=repeats, bandwidth=bandwidth
                 )

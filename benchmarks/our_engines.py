@@ -16,22 +16,26 @@ from medusa.tree_policy import fit_policy
 
 ADAPTIVE, CHAIN = "adaptive", "chain"
 OUR_CHAIN = "our chain"
+INT8 = "int8 "
 
 
-def our_engines(model: Model, choices: Sequence[str], *, max_batch_size: int, context_length: int) -> list[OurEngine]:
+def our_engines(
+    model: Model, choices: Sequence[str], *, max_batch_size: int, context_length: int, kind: str = ""
+) -> list[OurEngine]:
     """Plain, and an engine for each choice: nodes, "dynamic:N", "adaptive" (the model's own tree, cut by the load), or
-    "chain" (each head's best guess). Without any, the model's own tree. ValueError for what the heads cannot fill."""
+    "chain" (each head's best guess). Without any, the model's own tree. `kind` goes before every name. ValueError for what
+    the heads cannot fill."""
     make = partial(Engine, model.backbone, max_batch_size=max_batch_size, context_length=context_length)
-    engines = [OurEngine(make(), name=PLAIN)]
+    engines = [OurEngine(make(), name=kind + PLAIN)]
     for choice in dict.fromkeys(choices) or [str(model.tree.num_nodes)]:
         if choice == ADAPTIVE:
-            engines.append(OurEngine(_following_load(model, make), name=f"adaptive {model.tree}"))
+            engines.append(OurEngine(_following_load(model, make), name=f"{kind}adaptive {model.tree}"))
         elif choice == CHAIN:
             heads = _unrestricted(model)
-            engines.append(OurEngine(make(heads, tree=Tree.chain(heads.num_heads)), name=OUR_CHAIN))
+            engines.append(OurEngine(make(heads, tree=Tree.chain(heads.num_heads)), name=kind + OUR_CHAIN))
         else:
             (tree,) = choose_trees(model, [choice])
-            engines.append(OurEngine(make(model.heads, tree=tree), name=str(tree)))
+            engines.append(OurEngine(make(model.heads, tree=tree), name=f"{kind}{tree}"))
     return engines
 
 

@@ -49,8 +49,12 @@ def _seconds_of_sum(tensor: torch.Tensor) -> float:
 
 
 def weight_bytes(backbone: Backbone) -> int:
-    """What a step reads of the weights, each once: everything but an input embedding that is not also the lm_head."""
-    read = {p.data_ptr(): p.nbytes for p in backbone.model.parameters()}
+    """What a step reads of the weights, each once: everything but an input embedding that is not also the lm_head.
+
+    Matrices count in the type that products read; scales of rounded ones are left out.
+    """
+    itemsize = backbone.weight_dtype.itemsize
+    read = {p.data_ptr(): p.numel() * itemsize if p.dim() == 2 else p.nbytes for p in backbone.model.parameters()}
     for embedding in backbone.model.get_input_embeddings().parameters():
         if embedding.data_ptr() != backbone.lm_head_weight.data_ptr():
             del read[embedding.data_ptr()]

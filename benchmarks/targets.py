@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from benchmarks.comparison import Comparison, Spread
 from benchmarks.contenders import GENERATE, PLAIN
+from benchmarks.our_engines import INT8
 from benchmarks.peers.engines import LLAMA, VLLM, VLLM_HEADS
 from benchmarks.report import Grid
 
 TREE = "tree"  # stands for the first of ours with heads
-INT8 = "int8 tree"
+INT8_TREE = INT8 + TREE
 NOT_MEASURED = "not measured"
 EVERY_BATCH = (1, 4, 16, 32)
 
@@ -34,7 +35,7 @@ TARGETS = (
     Target(ours=TREE, other=VLLM, at_least=1.8, aim=3.0),
     Target(ours=TREE, other=VLLM_HEADS, at_least=2.2, aim=3.5),
     Target(ours=TREE, other=LLAMA, at_least=0.8, aim=1.2),
-    Target(ours=INT8, other=LLAMA, at_least=0.8, aim=1.2),
+    Target(ours=INT8_TREE, other=LLAMA, at_least=0.8, aim=1.2),
     Target(ours=PLAIN, other=VLLM, at_least=1.0, aim=1.2, batches=EVERY_BATCH[1:]),
     Target(ours=TREE, other=PLAIN, at_least=0.97, batches=EVERY_BATCH),
 )
@@ -44,8 +45,11 @@ def measured(target: Target, batch: int, comparisons: Mapping[int, Comparison], 
     """The target's ratio at this batch size; None where one side was not in the run."""
     if batch not in comparisons:
         return None
-    ours = tree if target.ours == TREE else target.ours
-    return comparisons[batch].speedups.get(ours, {}).get(target.other)
+    return comparisons[batch].speedups.get(_name(target.ours, tree), {}).get(target.other)
+
+
+def _name(ours: str, tree: str) -> str:
+    return {TREE: tree, INT8_TREE: INT8 + tree}.get(ours, ours)
 
 
 def verdict(target: Target, spread: Spread) -> str:
@@ -59,11 +63,7 @@ def target_grid(comparisons: Mapping[int, Comparison], *, tree: str) -> Grid:
     """All targets, each at each of its batch sizes; `tree` is the contender that "tree" stands for."""
     rows = []
     for target in TARGETS:
-        name = (
-            f"{target.ours} / {target.other}".replace(TREE, tree)
-            if target.ours == TREE
-            else f"{target.ours} / {target.other}"
-        )
+        name = f"{_name(target.ours, tree)} / {target.other}"
         for batch in target.batches:
             spread = measured(target, batch, comparisons, tree)
             cells = [NOT_MEASURED, "", "", ""] if spread is None else [

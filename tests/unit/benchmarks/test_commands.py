@@ -19,6 +19,7 @@ from medusa.checkpoint import load_checkpoint
 from medusa.config import HeadsConfig
 from medusa.generate import Model
 from medusa.heads import MedusaHeads
+from medusa.native.build import library
 from medusa.tree_policy import fit_policy
 
 NUM_TOKENS = 12
@@ -95,6 +96,18 @@ def test_bench_takes_several_together_with_whoever_can(
     assert one["agreements"][VLLM_HEADS]["num_identical"] == 0
     assert one["chain"] == {"num_turns": 0, "steps": 0, "their_steps": 0}
     assert two["roofline"]["cache_bytes"] == 2 * one["roofline"]["cache_bytes"] > 0
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+def test_int8_stands_beside_the_others_in_the_same_run(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    bench.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1, int8=True,
+        max_tokens=NUM_TOKENS, tree=["3", "2"], repeats=1, limit=1, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("*.json")
+    figures = json.loads(record.read_text())["figures"]["batch 1"]
+    assert list(figures["overheads"]) == ["tree of 3", "tree of 2", "int8 plain", "int8 tree of 3"]
+    assert figures["acceleration_rates"]["int8 plain"] == 1
 
 
 def test_groups_hold_every_prompt_and_are_full() -> None:

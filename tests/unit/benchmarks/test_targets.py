@@ -12,6 +12,7 @@ from benchmarks.comparison import Comparison, Spread
 from benchmarks.roofline import Roofline, cache_bytes, read_bandwidth, weight_bytes
 from benchmarks.targets import NOT_MEASURED, TARGETS, target_grid
 from medusa.kv_cache import KVCache
+from medusa.native.build import library
 from tests.tiny_models import save_tiny_folder
 
 
@@ -32,7 +33,13 @@ def comparison(speedups: dict[str, dict[str, float]]) -> Comparison:
 def test_each_target_says_whether_it_holds_and_what_was_not_there_says_so() -> None:
     grid = target_grid(
         {
-            1: comparison({"plain": {"generate": 2.5, "vLLM": 0.99}, "tree of 6": {"vLLM": 1.8, "plain": 0.97}}),
+            1: comparison(
+                {
+                    "plain": {"generate": 2.5, "vLLM": 0.99},
+                    "tree of 6": {"vLLM": 1.8, "plain": 0.97},
+                    "int8 tree of 6": {"llama.cpp": 1.3},
+                }
+            ),
             16: comparison({"plain": {"vLLM": 1.1}, "tree of 6": {"plain": 0.96}}),
         },
         tree="tree of 6",
@@ -42,6 +49,7 @@ def test_each_target_says_whether_it_holds_and_what_was_not_there_says_so() -> N
     assert verdicts["plain / vLLM", "1"] == ("0.99", "no")
     assert verdicts["tree of 6 / vLLM", "1"] == ("1.80", "yes")
     assert verdicts["tree of 6 / plain", "1"] == ("0.97", "yes")
+    assert verdicts["int8 tree of 6 / llama.cpp", "1"] == ("1.30", "yes, and the aim")
     assert verdicts["plain / vLLM", "16"] == ("1.10", "yes")
     assert verdicts["tree of 6 / plain", "16"] == ("0.96", "no")
     for name, batch in [("tree of 6 / llama.cpp", "1"), ("plain / vLLM", "4"), ("tree of 6 / plain", "32")]:
@@ -61,6 +69,14 @@ def test_every_weight_counts_once_and_an_embedding_only_as_lm_head(tied: bool, t
     table = backbone.model.get_input_embeddings().weight.nbytes
     named = sum(p.nbytes for _, p in backbone.model.named_parameters())  # a tied weight is named once
     assert weight_bytes(backbone) == named - (0 if tied else table)
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+def test_a_rounded_matrix_is_a_byte_a_weight(tiny_folder: Path) -> None:
+    backbone = medusa.load(tiny_folder, heads=None, dtype="int8").backbone
+    counts = {name: p.numel() for name, p in backbone.model.named_parameters() if "embed" not in name}
+    norms = sum(count for name, count in counts.items() if "norm" in name)
+    assert weight_bytes(backbone) == sum(counts.values()) + norms  # norms stay bfloat16
 
 
 def test_a_position_holds_keys_and_values_of_every_layer() -> None:
