@@ -98,5 +98,5 @@ class Peer:
         return message
 
     def _log_end(self) -> str:
-        last = self._log.read_text(errors="replace").strip().splitlines()[-3:]
+        last = self._log.read_text(errors="replace").strip().splitlines()[-5:]
         return f"its log ends: {' | '.join(last) or '(empty)'}"
