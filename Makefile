@@ -77,6 +77,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# Beside vLLM and llama.cpp too, once benchmarks/peers/install_*.sh have put each into a folder of its own:
+#   make bench BENCH_ARGS="--vllm FOLDER/bin/python --llama FOLDER/bin/python --prompt-lookup 10 --tree adaptive --tree chain"
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 

@@ -1,107 +1,69 @@
-"""`python -m benchmarks.bench`: plain and tree decoding beside transformers' `generate`, in one interleaved run.
+"""`python -m benchmarks.bench`: plain and tree decoding beside other engines, in one interleaved run.
 
-All contenders hold the same weights, answer the same prompts one at a time, greedily, to the same length. Each repeat
-runs every contender on every prompt, in an order that rotates, so that drift and heat fall on all alike.
+All contenders hold the same weights and answer the same prompts, greedily, to the same length, so many together as
+`--batch` says. Each repeat runs every contender on every prompt, in an order that rotates, so that drift and heat fall on
+all alike. Other engines than transformers' `generate` are named by the Python of the environment that holds them.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.progress import track
 
 import medusa
-from benchmarks.command import RESULTS, choose_trees, console, describe, dtype_name, run_command
-from benchmarks.comparison import Agreement, Comparison, Repeat, Spread, compare
-from benchmarks.contenders import Contender, OurEngine, TransformersGenerate
+from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
+from benchmarks.contenders import Contender, TransformersGenerate, load_reference
+from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
+from benchmarks.our_engines import INT8, OUR_CHAIN, our_engines
+from benchmarks.peers.engines import VLLM_HEADS, Environments, parse_options, peer_launches, weights_folder
+from benchmarks.peers.process import Launch, Peer
 from benchmarks.prompts import built_in, read_prompts
 from benchmarks.report import Grid, machine_lines, save
-from medusa.dynamic_tree import DynamicTree
-from medusa.engine import Engine
+from benchmarks.roofline import read_bandwidth
+from benchmarks.speed_page import chain_grid, roofline_grid, speed_grids
+from benchmarks.targets import target_grid
 from medusa.generate import Model
-from medusa.provision import DEFAULT_BACKBONE, default_backbone
-from medusa.tree import Tree
+from medusa.provision import DEFAULT_BACKBONE
 
-WARM_UP_TOKENS = 8
 QUIET_LOAD = 0.5
 
 
-def run_interleaved(
-    contenders: Sequence[Contender], prompts: Sequence[list[int]], *, num_tokens: int, num_repeats: int
-) -> list[Repeat]:
-    """Every contender on every prompt, `num_repeats` times over; who begins rotates from prompt to prompt."""
-    for contender in contenders:
-        contender.answer(prompts[0], WARM_UP_TOKENS)
-    repeats: list[Repeat] = []
-    for _ in track(range(num_repeats), description="repeats", console=console, transient=True):
-        repeat: Repeat = {contender.name: [] for contender in contenders}
-        for index, prompt in enumerate(prompts):
-            turn = (index + len(repeats)) % len(contenders)
-            for contender in (*contenders[turn:], *contenders[:turn]):
-                gc.collect()
-                repeat[contender.name].append(contender.answer(prompt, num_tokens))
-        repeats.append(repeat)
-    return repeats
+@contextmanager
+def started(launches: Sequence[Launch], *, folder: Path) -> Iterator[list[Peer]]:
+    """The engines, loaded one after the other and asleep, ended with the block."""
+    with ExitStack() as stack:
+        peers = []
+        for launch in launches:
+            console.print(f"loading {launch.name}", highlight=False)
+            peers.append(Peer(launch, folder=folder))
+            stack.callback(peers[-1].close)
+            peers[-1].wait_ready()
+        yield peers
 
 
-def grids(comparison: Comparison) -> list[Grid]:
-    """The figures as tables: ratios first, since absolute speed says more about the machine."""
-    ratios = [("plain / generate", comparison.plain_against_generate)]
-    for name, figures in comparison.trees.items():
-        ratios += [
-            (f"{name} / plain (speedup)", figures.speedup),
-            (f"{name} / generate", figures.against_generate),
-            (f"{name} step / plain step (overhead)", figures.overhead),
-        ]
-    worth = [[name, f"{tree.acceleration_rate:.2f}"] for name, tree in comparison.trees.items()]
-    agreements = [("plain and generate", comparison.plain_agrees_with_generate)]
-    agreements += [(f"{name} and plain", tree.agrees_with_plain) for name, tree in comparison.trees.items()]
+def generators(model: Model, source: str, *, lookup: int) -> list[Contender]:
+    """transformers' `generate`, and with prompt lookup where it is asked for: one model for both."""
+    reference = load_reference(source, dtype=model.backbone.dtype, device=model.backbone.device)
+    return [TransformersGenerate(reference, lookup=drafts) for drafts in ([0, lookup] if lookup else [0])]
+
+
+def all_grids(sections: dict[int, Section], *, tree: str) -> list[Grid]:
+    """Every table of the run; `tree` is ours with heads in the targets."""
+    chains = {batch: section.chain for batch, section in sections.items() if section.chain is not None}
     return [
-        Grid(title="Ratios", columns=("", "min", "median", "max"), rows=[[n, *_cells(s)] for n, s in ratios]),
-        Grid(title="Acceleration rate", columns=("", "tokens per step"), rows=worth),
-        Grid(
-            title="Tokens per second, prefill included",
-            columns=("", "min", "median", "max"),
-            rows=[[name, *_cells(spread, digits=1)] for name, spread in comparison.tokens_per_s.items()],
-        ),
-        Grid(
-            title="Same tokens",
-            columns=("", "identical answers", "first difference"),
-            rows=[[name, *_agreement_cells(agreement)] for name, agreement in agreements],
-        ),
+        *(grid for batch, section in sections.items() for grid in speed_grids(section.comparison, batch)),
+        *([chain_grid(OUR_CHAIN, VLLM_HEADS, chains)] if chains else []),
+        roofline_grid({batch: section.roofline for batch, section in sections.items()}),
+        target_grid({batch: section.comparison for batch, section in sections.items()}, tree=tree),
     ]
-
-
-def _cells(spread: Spread, digits: int = 2) -> list[str]:
-    return [f"{value:.{digits}f}" for value in (spread.min, spread.median, spread.max)]
-
-
-def _agreement_cells(agreement: Agreement) -> list[str]:
-    place = agreement.first_difference
-    return [
-        f"{agreement.num_identical} of {agreement.num_prompts}",
-        "none" if place is None else f"at token {place + 1}",
-    ]
-
-
-def make_contenders(
-    model: Model, source: str | Path, trees: Sequence[Tree | DynamicTree], *, context_length: int
-) -> list[Contender]:
-    """`generate`, plain, and one engine for each tree, in this order."""
-    backbone = model.backbone
-    engines = [("plain", Engine(backbone, max_batch_size=1, context_length=context_length))]
-    for tree in trees:
-        engine = Engine(backbone, model.heads, tree=tree, max_batch_size=1, context_length=context_length)
-        engines.append((str(tree), engine))
-    generate = TransformersGenerate(source, dtype=backbone.dtype, device=backbone.device)
-    return [generate, *(OurEngine(engine, name=name) for name, engine in engines)]
 
 
 def main(
@@ -109,48 +71,80 @@ def main(
     heads: Annotated[str, typer.Option(help="'default' or a heads folder")] = "default",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
+    threads: Annotated[int, typer.Option(help="threads of every engine; 0: one for each core")] = 0,
     max_tokens: Annotated[int, typer.Option(min=2, help="length of every answer")] = 128,
     tree: Annotated[
-        list[str] | None, typer.Option(help="nodes of the tree, or dynamic:N; repeat it to compare several")
+        list[str] | None,
+        typer.Option(
+            help="nodes of the tree, dynamic:N, adaptive (by load) or chain; repeat it; targets take the first"
+        ),
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="also ours with int8 weights, plain and the first tree")] = False,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
+    prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
+    vllm: Annotated[Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh")] = None,
+    vllm_options: Annotated[str, typer.Option(help="further arguments of vLLM's LLM, a JSON object")] = "{}",
+    llama: Annotated[Path | None, typer.Option(help="python of llama.cpp's: peers/install_llama.sh")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="what llama.cpp reads; the default backbone's Q4 without")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
     output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
     save_results: Annotated[bool, typer.Option("--save/--no-save")] = True,
 ) -> None:
-    """Measure plain and tree decoding beside transformers' generate."""
-    torch.set_num_threads(threads or num_cores())
+    """Measure plain and tree decoding beside transformers' generate and other engines."""
+    torch.set_num_threads(num_threads := threads or num_cores())
     machine = describe_machine("benchmarks.bench")
     if machine.load_average > QUIET_LOAD:
         console.print(
             f"[yellow]load average is {machine.load_average}: other work is running, so expect wide spreads",
             soft_wrap=True,
         )
+    batches = list(dict.fromkeys(batch or [1]))
+    environments = Environments(vllm=vllm, vllm_options=parse_options(vllm_options), llama=llama, gguf=gguf)
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, dtype=dtype, device=device)
+    rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
     encoded = [model.encode(list(row.messages)) for row in rows]
-    room = max(len(ids) for ids in encoded) + max_tokens
-    source = default_backbone() if backbone == DEFAULT_BACKBONE else backbone
-    contenders = make_contenders(model, source, choose_trees(model, tree or []), context_length=room)
-    names = [contender.name for contender in contenders]
-    measured = run_interleaved(contenders, encoded, num_tokens=max_tokens, num_repeats=repeats)
-    comparison = compare(measured, generate=names[0], plain=names[1], trees=names[2:])
+    room = max(map(len, encoded)) + max_tokens
+    sections: dict[int, Section] = {}
+    with tempfile.TemporaryDirectory(prefix="medusa-bench-") as work:
+        source = weights_folder(model, backbone, Path(work))
+        launches = peer_launches(
+            environments,
+            model,
+            source=source,
+            workdir=Path(work),
+            context_length=room,
+            max_batch_size=max(batches),
+            num_threads=num_threads,
+        )
+        with started(launches, folder=Path(work)) as peers:
+            others = [*(generators(model, source, lookup=prompt_lookup) if 1 in batches else []), *peers]
+            bandwidth = read_bandwidth(model.backbone.device)
+            for size in batches:
+                ours = our_engines(model, tree or [], max_batch_size=size, context_length=room)
+                if rounded is not None:
+                    ours += our_engines(rounded, (tree or [])[:1], max_batch_size=size, context_length=room, kind=INT8)
+                sections[size] = measure_section(
+                    ours, others, encoded, num_tokens=max_tokens, num_repeats=repeats, bandwidth=bandwidth
+                )
+    versions = ", ".join(dict.fromkeys(peer.version for peer in peers))
 
-    tables = grids(comparison)
+    tables = all_grids(sections, tree=ours[1].name)
     for line in machine_lines(machine):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         table.show(console)
     if save_results:
         kind = dtype_name(model)
-        settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats, "batch": 1}
+        settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats}
+        settings |= {"batch": " and ".join(map(str, batches))} | ({"beside": versions} if versions else {})
         stem = f"speed-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
+        figures: dict[str, object] = {f"batch {size}": section.as_dict() for size, section in sections.items()}
         page = save(
-            output, stem, title=f"Speed, {kind}", machine=machine, settings=settings, grids=tables,
-            figures=comparison.as_dict(),
-        )  # fmt: skip
+            output, stem, title=f"Speed, {kind}", machine=machine, settings=settings, grids=tables, figures=figures
+        )
         console.print(f"saved {page}")
 
 

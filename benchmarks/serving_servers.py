@@ -50,10 +50,14 @@ def vllm(
         "--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype, "--max-model-len", str(context_length),
         "--max-num-seqs", str(max_batch_size), *options,
     ]  # fmt: skip
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_cores() - 1}", "VLLM_NO_USAGE_STATS": "1",
+    return Launch(name="vLLM", command=command, environment=vllm_environment(num_cores()))
+
+
+def vllm_environment(num_threads: int) -> dict[str, str]:
+    """What vLLM's CPU build is told outside its arguments: GiB for keys and values, cores, and to call nobody."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    return Launch(name="vLLM", command=command, environment=environment)
 
 
 class Server:

@@ -84,7 +84,9 @@ Heads = Annotated[
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Decode plainly, one token a step, by the same code.")]
 Force = Annotated[bool, typer.Option("--force", help="Use heads that were made for other weights.")]
-Dtype = Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16, float32, float64, or int8 (weights; CPU).")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bfloat16), bfloat16, float16, float32, float64, or int8 (weights; CPU).")
+]
 On = Annotated[Device | None, typer.Option("--device", help="Default: CUDA where there is one.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of one answer.")]
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily.")]

