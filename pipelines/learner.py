@@ -6,7 +6,7 @@ Knows tensors and the configuration; knows neither DeepSpeed's engine nor Ray.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,7 +127,8 @@ class JointLearner:
     def held_out_reader(self) -> tuple[PositionsReader, LmHead]:
         set_dropout(self.backbone.model, on=False)
         reader = PositionsReader(backbone=self.backbone, num_heads=self.heads.num_heads)
-        return reader, _TunedLmHead(readout=self.module.readout, vocabulary=self.heads.vocabulary)
+        lm_head = _TunedLmHead(readout=self.module.readout, vocabulary=self.heads.vocabulary, embed=self.backbone.embed)
+        return reader, lm_head
 
     def adapters(self) -> Adapters | None:
         return exported(self.backbone, self._train)
@@ -139,6 +140,7 @@ class _TunedLmHead:
 
     readout: Readout
     vocabulary: Tensor | None
+    embed: Callable[[Tensor], Tensor]
 
     @property
     def transform(self) -> LogitTransform:
