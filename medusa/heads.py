@@ -147,11 +147,12 @@ class MedusaHeads(nn.Module):
     def path_embeddings(self, path: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
         """path [...,J] token ids, the root first → what the heads read of them [...,J,D]; None for heads that read none.
 
-        Of unit mean square, as hidden states are: what a backbone scales its embeddings by is its own affair.
+        Of unit mean square, since what a backbone scales its embeddings by is its own affair, and without gradient: heads
+        take embeddings as they find them.
         """
         if self.config.kind == "medusa" or path is None:
             return None
-        embedded = embed(path)
+        embedded = embed(path).detach()
         return F.rms_norm(embedded, embedded.shape[-1:]).to(next(self.parameters()).dtype)
 
     def features(self, hidden: Tensor, num_heads: int | None = None, *, path: Tensor | None = None) -> Tensor:
