@@ -30,6 +30,7 @@ from medusa.dynamic_tree import DynamicTree, superset_tree
 from medusa.errors import CheckpointError
 from medusa.folders import whole_folder
 from medusa.heads import MedusaHeads
+from medusa.model_card import card_text
 from medusa.tree import Path, Tree
 
 FORMAT = "medusa-ray/1"
@@ -117,7 +118,7 @@ def save_checkpoint(
             save_adapters(made, adapters, dtype=dtype)
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
-        (made / CARD).write_text(_card_text(config))
+        (made / CARD).write_text(card_text(config))
     return target
 
 
@@ -291,24 +292,3 @@ def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable tree: {error}") from None
     return paths
-
-
-def _card_text(config: dict[str, Any]) -> str:
-    lines = [
-        f"# Medusa heads for {config['backbone_name']}",
-        "",
-        f"{config['num_heads']} {config['kind']} heads, {config['num_layers']} residual layer(s) each, "
-        f"{config['lm_heads']} lm_head; backbone fingerprint `{config['backbone_fingerprint']}`.",
-    ]
-    if config["adapters"]:
-        lines.append(f"The backbone is tuned with them (MEDUSA-2): adapters {json.dumps(config['adapters'])}.")
-    for heading, text in config["card"].items():
-        lines += ["", f"## {heading.replace('_', ' ').capitalize()}", ""]
-        lines += [f"- {key}: {value}" for key, value in text.items()] if isinstance(text, dict) else [str(text)]
-    if config["accuracy"]:
-        ranks = [r for r in (1, 5, 10) if r <= len(config["accuracy"][0])]
-        lines += ["", "## Held-out accuracy", "", "| head | " + " | ".join(f"top-{r}" for r in ranks) + " |"]
-        lines += ["| --- |" + " --- |" * len(ranks)]
-        for k, row in enumerate(config["accuracy"], start=1):
-            lines.append(f"| {k} | " + " | ".join(f"{sum(row[:r]):.3f}" for r in ranks) + " |")
-    return "\n".join(lines) + "\n"
