@@ -32,6 +32,7 @@ from medusa.replay import guessed_ranks, num_steps
 from medusa.tree import Path as TreePath
 from medusa.tree import Tree
 from medusa.tree_search import measure_hits
+from tests.unit.medusa.recording import record
 from tests.unit.medusa.tiny import NUM_HEADS, VOCAB, random_heads, tiny_backbone, trees
 
 SOME = torch.tensor([0, 2, 3, 5, 7, 8, 11])
@@ -139,6 +140,20 @@ def test_an_answer_does_not_depend_on_hydra_heads(tree: Tree, temperature: float
     plain = [replace(one, tree_nodes=1) for one in params]
     heads = random_heads(DOUBLE, kind="hydra", vocabulary=SOME if tree.width <= len(SOME) else None)
     assert answers(heads, tree, params, batch) == answers(None, Tree.root_only(), plain, 1)
+
+
+def test_recorded_steps_say_what_eager_ones_say() -> None:
+    """A graph of the sequential levels is one of tensors alone: see test_step_graphs.py."""
+    heads = random_heads(DOUBLE, kind="hydra", vocabulary=SOME)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True, seed=n, temperature=0.7 * (n % 2), acceptance="rejection")
+              for n in (9, 14, 20, 5)]  # fmt: skip
+    found = [
+        Engine(DOUBLE, heads, tree=Tree.full([4, 3, 2]), max_batch_size=2, context_length=64, graphs=graphs)
+        for graphs in (record, False)
+    ]
+    recorded, eager = ({one.request_id: one.token_ids for one in engine.run(requests(params))} for engine in found)
+    assert recorded == eager
+    assert found[0].decoder.graphs is not None, "steps were recorded"
 
 
 @settings(max_examples=8, deadline=None)
