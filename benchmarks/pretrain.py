@@ -33,7 +33,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
-from medusa.losses import HEAD_DECAY, IGNORE, head_targets
+from medusa.losses import HEAD_DECAY, IGNORE, head_targets, true_path
 from medusa.pretrained import pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree_search import MAX_RANKS, HitTable, count_hits, expected_tokens, grow_paths
@@ -48,10 +48,11 @@ SOURCE_WEIGHT = {"gsm8k": 0.5, "self-prompted": 2.0, "arena-hard": 2.0, "ultrach
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """Hidden states [P,D] with the heads' targets [P,K] and how often each is drawn [P]."""
+    """Hidden states [P,D] with the heads' targets [P,K], the path before each [P,K] and how often each is drawn [P]."""
 
     hidden: Tensor
     targets: Tensor
+    path: Tensor
     weight: Tensor
 
 
@@ -62,7 +63,7 @@ def is_held_out(row_id: str) -> bool:
 @torch.inference_mode()
 def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positions:
     """One forward a row; only the positions that predict answer tokens are kept, as bfloat16."""
-    hidden, targets, weight = [], [], []
+    hidden, targets, path, weight = [], [], [], []
     for done, row in enumerate(rows):
         prompt, answer = row["prompt_ids"], row["response_ids"]
         ids = torch.tensor([prompt + answer])
@@ -71,17 +72,21 @@ def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positi
         own = slice(len(prompt) - 1, len(prompt) + len(answer) - 2)  # the last of them still has one target
         hidden.append(backbone.hidden_states(ids)[0, own].to(torch.bfloat16))
         targets.append(wanted[own])
+        path.append(true_path(ids[0], num_heads)[own])
         weight.append(torch.full((len(wanted[own]),), SOURCE_WEIGHT.get(row["source"], 1.0)))
         if done % 100 == 0:
             console.print(f"hidden states of {done} of {len(rows)} rows")
-    return Positions(hidden=torch.cat(hidden), targets=torch.cat(targets), weight=torch.cat(weight))
+    return Positions(
+        hidden=torch.cat(hidden), targets=torch.cat(targets), path=torch.cat(path), weight=torch.cat(weight)
+    )
 
 
 def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_heads: int) -> Positions:
     """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows."""
     if file is None:
         return positions_of(rows, backbone, num_heads)
-    told = json.dumps([backbone.fingerprint, num_heads, [[row["id"], row["response_ids"]] for row in rows]])
+    answers = [[row["id"], row["response_ids"]] for row in rows]
+    told = json.dumps([list(Positions.__annotations__), backbone.fingerprint, num_heads, answers])
     digest = hashlib.sha256(told.encode()).hexdigest()
     if not file.exists():
         made = positions_of(rows, backbone, num_heads)
@@ -90,7 +95,7 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
         return made
     kept = torch.load(file)
     if kept.pop("digest") != digest:
-        raise ValueError(f"{file} holds the positions of other rows, backbone or number of heads; remove it")
+        raise ValueError(f"{file} holds the positions of other rows, backbone, version or number of heads; remove it")
     return Positions(**kept)
 
 
@@ -144,7 +149,10 @@ def held_out(heads: MedusaHeads, backbone: Backbone, positions: Positions) -> Hi
     chosen = torch.randperm(len(positions.hidden), generator=torch.Generator().manual_seed(1))[:MAX_HELD_OUT]
     for part in chosen.split(128):
         guesses = heads.guesses(
-            positions.hidden[part].float(), backbone.lm_head_for(heads.vocabulary), num_ranks=MAX_RANKS
+            positions.hidden[part].float(),
+            backbone.lm_head_for(heads.vocabulary),
+            num_ranks=MAX_RANKS,
+            path=positions.path[part],
         )
         total = total + count_hits(guesses, positions.targets[part])
     return total
@@ -177,6 +185,7 @@ def main(
     batch: Annotated[int, typer.Option(help="positions of a step")] = 512,
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
+    kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     start_from: Annotated[str, typer.Option(help="'none', 'default' or a heads folder, whose shape is kept")] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,
@@ -191,7 +200,8 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="float32", fused=False)
-    heads = first_heads(backbone, HeadsConfig(num_heads=num_heads, num_layers=num_layers), start_from)
+    shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, kind=kind)  # type: ignore[arg-type]
+    heads = first_heads(backbone, shape, start_from)
     num_heads = heads.num_heads
     rows = pq.read_table(data, columns=["id", "source", "prompt_ids", "response_ids"]).to_pylist()
     rows = [row for row in rows if len(row["response_ids"]) > 1 and (not source or row["source"] in source)][:limit]
@@ -205,7 +215,8 @@ def main(
     began = time.time()
     for step, chosen in zip(range(steps), batches(train, batch), strict=False):
         targets = train.targets[chosen].flatten()
-        features = heads.features(train.hidden[chosen].float())
+        path = heads.path_embeddings(train.path[chosen], backbone.embed)
+        features = heads.features(train.hidden[chosen].float(), path=path)
         losses, gradient = softmax.gradient(features.detach().flatten(0, 1), targets, decay / batch)
         share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = lr * share

@@ -44,15 +44,33 @@ class Replayed:
     ranks: Tensor
 
 
-def replayed(model: Model, prompts: Sequence[Prompt], *, max_tokens: int, batch: int) -> list[Replayed]:
-    """Answer the prompts plainly and look the heads' guesses up. Answers of one token have no step and are left out."""
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A prompt's ids and those of the backbone's plain answer."""
+
+    category: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def answered(model: Model, prompts: Sequence[Prompt], *, max_tokens: int, batch: int) -> list[Answered]:
+    """Answer the prompts plainly, if there are any. Answers of one token have no step and are left out."""
+    if not prompts:
+        return []
     params = SamplingParams(max_tokens=max_tokens)
     done = answer_all(model, Tree.root_only(), prompts, params=params, max_batch_size=batch)
     kept = [prompt for prompt in prompts if done[prompt.id].error is None and len(done[prompt.id].token_ids) > 1]
-    pairs = [(model.encode(list(prompt.messages)), done[prompt.id].token_ids) for prompt in kept]
+    return [
+        Answered(category=p.category, prompt_ids=model.encode(list(p.messages)), answer_ids=done[p.id].token_ids)
+        for p in kept
+    ]
+
+
+def replayed(model: Model, answers: Sequence[Answered]) -> list[Replayed]:
+    """Look up what the heads guessed."""
     assert model.heads is not None
-    found = guessed_ranks(model.backbone, model.heads, pairs)
-    return [Replayed(category=prompt.category, ranks=ranks) for prompt, ranks in zip(kept, found, strict=True)]
+    found = guessed_ranks(model.backbone, model.heads, [(one.prompt_ids, one.answer_ids) for one in answers])
+    return [Replayed(category=one.category, ranks=ranks) for one, ranks in zip(answers, found, strict=True)]
 
 
 def rates(answers: Sequence[Replayed], tree: Tree) -> dict[str, float]:
@@ -107,13 +125,17 @@ def main(
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     others = read_prompts(calibration, limit=calibration_limit) if calibration else []
     found: dict[str, dict[str, float]] = {}
+    known: dict[str, list[list[Answered]]] = {}
     for name in heads or ["default"]:
         model = medusa.load(backbone, heads=name, dtype=dtype, device=device)
         assert model.checkpoint is not None
+        tuned = "" if model.checkpoint.adapters is None else name  # the original answers for all heads that are its own
+        if tuned not in known:
+            known[tuned] = [answered(model, some, max_tokens=max_tokens, batch=batch) for some in (rows, others)]
+        answers, elsewhere = (replayed(model, some) for some in known[tuned])
         paths = {STORED: list(model.checkpoint.paths)}
         if others:
-            paths[GROWN] = grown(replayed(model, others, max_tokens=max_tokens, batch=batch))
-        answers = replayed(model, rows, max_tokens=max_tokens, batch=batch)
+            paths[GROWN] = grown(elsewhere)
         for how, size in ((how, size) for how in paths for size in tree or (16, 64)):
             found[f"{Path(name).name}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
         if kept is not None:

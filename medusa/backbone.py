@@ -227,7 +227,11 @@ class Backbone:
             return self
         weight = self.lm_head_weight.detach()[vocabulary]
         project = self.fused.linear(weight) if self.fused is not None else lambda hidden: F.linear(hidden, weight)
-        return PartialLmHead(project=project, transform=self.transform)
+        return PartialLmHead(project=project, transform=self.transform, embed=self.embed)
+
+    def embed(self, ids: Tensor, /) -> Tensor:
+        """ids [...] → the model's input embeddings [...,D]."""
+        return self.model.get_input_embeddings()(ids)
 
     def _run(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], cache: KVCache | None) -> Tensor:
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))

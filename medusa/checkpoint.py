@@ -2,6 +2,7 @@
 
 config.json                 format, shape of the heads, backbone name and fingerprint, default tree size, measured accuracy
 medusa_heads.safetensors    heads.{k}.blocks.{l}.weight [D,D], .bias [D]; heads.{k}.lm_head.weight [V,D] where own;
+                            hydra heads' first blocks [D,(k+2)·D], k from 0: the root and k tokens beside the hidden state;
                             vocabulary [M]: the token ids that heads guess among, where not all
 adapters.safetensors        where the backbone was tuned with the heads (MEDUSA-2): see adapters.py
 tree.json                   paths in growth order: the first n − 1 are the best tree of n nodes
@@ -29,6 +30,7 @@ from medusa.dynamic_tree import DynamicTree, superset_tree
 from medusa.errors import CheckpointError
 from medusa.folders import whole_folder
 from medusa.heads import MedusaHeads
+from medusa.model_card import card_text
 from medusa.tree import Path, Tree
 
 FORMAT = "medusa-ray/1"
@@ -96,6 +98,7 @@ def save_checkpoint(
         "num_heads": heads.config.num_heads,
         "num_layers": heads.config.num_layers,
         "lm_heads": heads.config.lm_heads,
+        "kind": heads.config.kind,
         "hidden_size": heads.hidden_size,
         "vocab_size": heads.vocab_size,
         "backbone_name": backbone_name,
@@ -115,7 +118,7 @@ def save_checkpoint(
             save_adapters(made, adapters, dtype=dtype)
         (made / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         (made / TREE).write_text(json.dumps({"paths": [list(path) for path in paths]}) + "\n")
-        (made / CARD).write_text(_card_text(config))
+        (made / CARD).write_text(card_text(config))
     return target
 
 
@@ -199,12 +202,7 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
         raise CheckpointError(f"{path} holds unexpected tensors {foreign[:4]}: not Medusa heads of this format")
     found = [match for match in matches.values() if match]
     layers = [int(match[2]) for match in found if match[2]]
-    first = next((weights[name] for name, match in matches.items() if match and match[3] == "weight"), None)
-    for name, match in matches.items():
-        if match and match[3] == "weight" and match[2] and len(set(weights[name].shape)) != 1:
-            raise CheckpointError(
-                f"{path}: {name} must be square, got {list(weights[name].shape)}; the file is damaged"
-            )
+    first = weights.get("heads.0.blocks.0.weight")
     if not layers or first is None or first.dim() != 2:
         raise CheckpointError(f"{path} holds no residual block; expected heads.0.blocks.0.weight [D,D]")
     own = [weights[name] for name, match in matches.items() if match and not match[2]]
@@ -214,8 +212,18 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
         num_heads=max(int(match[1]) for match in found) + 1,
         num_layers=max(layers) + 1,
         lm_heads="own" if own else "shared",
+        kind="hydra" if first.shape[1] == 2 * first.shape[0] else "medusa",
     )
+    for name, match in matches.items():
+        if match and match[2] and match[3] == "weight":
+            _check_block(weights[name], shape.num_read(int(match[1])) if match[2] == "0" else 0, f"{path}: {name}")
     return shape, first.shape[0], own[0].shape[0] if own else config["vocab_size"]
+
+
+def _check_block(weight: Tensor, num_read: int, name: str) -> None:
+    want = "square" if not num_read else f"[D,{1 + num_read}·D], as a hydra head's"
+    if weight.dim() != 2 or weight.shape[1] != (1 + num_read) * weight.shape[0]:
+        raise CheckpointError(f"{name} must be {want}, got {list(weight.shape)}; the file is damaged")
 
 
 def _check_nodes(value: Any, path: FilePath) -> int | None:
@@ -284,24 +292,3 @@ def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable tree: {error}") from None
     return paths
-
-
-def _card_text(config: dict[str, Any]) -> str:
-    lines = [
-        f"# Medusa heads for {config['backbone_name']}",
-        "",
-        f"{config['num_heads']} heads, {config['num_layers']} residual layer(s) each, {config['lm_heads']} lm_head; "
-        f"backbone fingerprint `{config['backbone_fingerprint']}`.",
-    ]
-    if config["adapters"]:
-        lines.append(f"The backbone is tuned with them (MEDUSA-2): adapters {json.dumps(config['adapters'])}.")
-    for heading, text in config["card"].items():
-        lines += ["", f"## {heading.replace('_', ' ').capitalize()}", ""]
-        lines += [f"- {key}: {value}" for key, value in text.items()] if isinstance(text, dict) else [str(text)]
-    if config["accuracy"]:
-        ranks = [r for r in (1, 5, 10) if r <= len(config["accuracy"][0])]
-        lines += ["", "## Held-out accuracy", "", "| head | " + " | ".join(f"top-{r}" for r in ranks) + " |"]
-        lines += ["| --- |" + " --- |" * len(ranks)]
-        for k, row in enumerate(config["accuracy"], start=1):
-            lines.append(f"| {k} | " + " | ".join(f"{sum(row[:r]):.3f}" for r in ranks) + " |")
-    return "\n".join(lines) + "\n"

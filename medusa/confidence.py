@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medusa.backbone import Backbone
 from medusa.heads import MedusaHeads
-from medusa.losses import IGNORE, head_targets
+from medusa.losses import IGNORE, head_targets, true_path
 
 TEMPERATURES = tuple(round(2 ** (step / 8), 4) for step in range(-12, 17))  # 0.35 … 4
 
@@ -49,8 +49,10 @@ def fit_temperatures(
         labels[: len(prompt)] = IGNORE
         targets = _places(head_targets(labels, heads.num_heads), heads.vocabulary)
         hidden = backbone.hidden_states(ids)[0].to(next(heads.parameters()).dtype)
+        path = true_path(ids[0], heads.num_heads)
         for part in (targets >= 0).any(dim=-1).nonzero().squeeze(1).split(rows):
-            total += surprise(heads.logits(hidden[part], reader), targets[part], TEMPERATURES).cpu()
+            logits = heads.logits(hidden[part], reader, path=path[part])
+            total += surprise(logits, targets[part], TEMPERATURES).cpu()
     return tuple(TEMPERATURES[best] for best in total.argmin(dim=0).tolist())
 
 

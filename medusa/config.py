@@ -12,6 +12,7 @@ from medusa.grammar import Grammar
 Scheme = Literal["greedy", "typical", "rejection"]
 RootChoice = Literal["sample", "greedy"]
 LmHeads = Literal["shared", "own"]
+HeadKind = Literal["medusa", "hydra"]
 
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 PENALTIES = ("presence_penalty", "frequency_penalty")
@@ -25,11 +26,15 @@ MIN_TEMPERATURE = 1e-5  # below it a distribution is its argmax, and logits divi
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """Shape of the Medusa heads: `num_heads` K, residual layers of each, and whether they read the backbone's lm_head."""
+    """Shape of the Medusa heads: `num_heads` K, residual layers of each, and whether they read the backbone's lm_head.
+
+    `kind` hydra: each head also reads the embeddings of the tokens before its own on the path (arXiv 2402.05109).
+    """
 
     num_heads: int = 5
     num_layers: int = 1
     lm_heads: LmHeads = "shared"
+    kind: HeadKind = "medusa"
 
     def __post_init__(self) -> None:
         if self.num_heads < 1:
@@ -38,6 +43,12 @@ class HeadsConfig:
             raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
         if self.lm_heads not in get_args(LmHeads):
             raise ValueError(f"lm_heads must be one of {', '.join(get_args(LmHeads))}, got {self.lm_heads!r}")
+        if self.kind not in get_args(HeadKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(HeadKind))}, got {self.kind!r}")
+
+    def num_read(self, head: int) -> int:
+        """How many tokens of the path head 0 … K−1 reads: none, or with hydra the root and all before its own."""
+        return head + 1 if self.kind == "hydra" else 0
 
 
 class LogitBias(Mapping[int, float]):

@@ -18,6 +18,7 @@ from medusa.backbone import Backbone, Placement
 from medusa.candidates import static_candidates
 from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree, dynamic_candidates
 from medusa.heads import MedusaHeads
+from medusa.hydra import check_tree, sequential_candidates
 from medusa.logprobs import TokenLogprobs
 from medusa.sampling import SamplingRows
 from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
@@ -70,9 +71,10 @@ class Decoder:
         graphs: bool | Capture = True,
     ) -> None:
         """`graphs` replays steps as CUDA graphs where the device has them; a function of `step_graphs` does it by that."""
-        tree.check_fits(
-            num_heads=heads.num_heads if heads else 0, vocab_size=heads.num_choices if heads else backbone.vocab_size
-        )
+        if heads is None:
+            tree.check_fits(num_heads=0, vocab_size=backbone.vocab_size)
+        else:
+            check_tree(heads, tree)
         device = backbone.device
         self.backbone = backbone
         self.heads = heads
@@ -228,6 +230,8 @@ class Decoder:
         roots, hidden = self.roots[batch], self.hidden[batch]
         if self.heads is None or tree.depth == 0:
             return roots[:, None], self._root_only.rows(len(roots))
+        if isinstance(tree, DeviceTree) and self.heads.config.kind == "hydra":
+            return sequential_candidates(self.heads, tree, roots, hidden, self.head_reader), tree.rows(len(roots))
         if isinstance(tree, DeviceTree):
             best = self.heads.guesses(hidden, self.head_reader, num_ranks=tree.width, num_heads=tree.depth)
             return static_candidates(tree, roots, best), tree.rows(len(roots))

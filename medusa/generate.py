@@ -18,6 +18,7 @@ from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
 from medusa.heads import MedusaHeads
+from medusa.hydra import check_tree
 from medusa.logprobs import TokenLogprob
 from medusa.pretrained import pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE
@@ -154,7 +155,7 @@ class Model:
                 raise ValueError("a tree needs Medusa heads; load the model with heads, or leave the tree out")
             return Tree.root_only()
         chosen = self._choose(tree)
-        chosen.check_fits(num_heads=self.heads.num_heads, vocab_size=self.heads.num_choices)
+        check_tree(self.heads, chosen)
         return chosen
 
     def _choose(self, tree: TreeChoice) -> Tree | DynamicTree:

@@ -1,7 +1,9 @@
 """Medusa heads: residual blocks over the backbone's last hidden state. Knows tensors; knows nothing of trees or text.
 
-B sequences, P positions, K heads, V vocabulary, D hidden
+B sequences, P positions, K heads, V vocabulary, D hidden, R ranks
 p_k = softmax(W2_k · (h + SiLU(W1_k · h + b_k)))                                            arXiv 2401.10774 §2.1.1
+With kind hydra W1_k reads [h; e_0; …; e_{k−1}], the embeddings of the root and of the tokens below it on the path that
+head k goes on from, so it needs the path (hydra.py).                                       arXiv 2402.05109 §3
 """
 
 from __future__ import annotations
@@ -40,20 +42,23 @@ class LogitTransform:
 
 
 class LmHead(Protocol):
-    """What heads read their features with: a backbone, or its lm_head over some tokens only."""
+    """What heads see of a backbone: its lm_head, over all tokens or some, and its embeddings."""
 
     @property
     def transform(self) -> LogitTransform: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
+    def embed(self, ids: Tensor, /) -> Tensor: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartialLmHead:
-    """A backbone's lm_head over some of its tokens."""
+    """A backbone's lm_head over some of its tokens; `embed` knows all of them."""
 
     project: Callable[[Tensor], Tensor]
     transform: LogitTransform
+    embed: Callable[[Tensor], Tensor]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,D] → logits of those tokens."""
@@ -61,30 +66,38 @@ class PartialLmHead:
 
 
 class ResidualBlock(nn.Module):
-    """`h + SiLU(W1 h + b)`, the identity plus a bump that starts at zero."""
+    """`h + SiLU(W1 [h; beside] + b)`, the identity plus a bump that starts at zero; `num_read` vectors lie beside h."""
 
-    def __init__(self, hidden_size: int, **factory: Any) -> None:
+    def __init__(self, hidden_size: int, num_read: int = 0, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, hidden_size, **factory))
+        self.weight = nn.Parameter(torch.zeros(hidden_size, (1 + num_read) * hidden_size, **factory))
         self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + F.silu(F.linear(hidden, self.weight, self.bias))
+    def forward(self, hidden: Tensor, beside: Tensor | None = None) -> Tensor:
+        seen = hidden if beside is None else torch.cat([hidden, beside.flatten(-2)], dim=-1)
+        return hidden + F.silu(F.linear(seen, self.weight, self.bias))
 
 
 class MedusaHead(nn.Module):
-    """One head: its residual blocks and, where the heads own theirs, its lm_head."""
+    """One head: its residual blocks, the first of which reads the path, and, where the heads own theirs, its lm_head."""
 
-    def __init__(self, config: HeadsConfig, hidden_size: int, vocab_size: int, **factory: Any) -> None:
+    def __init__(self, config: HeadsConfig, head: int, hidden_size: int, vocab_size: int, **factory: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([ResidualBlock(hidden_size, **factory) for _ in range(config.num_layers)])
+        self.num_read = config.num_read(head)
+        widths = [self.num_read] + [0] * (config.num_layers - 1)
+        self.blocks = nn.ModuleList([ResidualBlock(hidden_size, width, **factory) for width in widths])
         self.lm_head: nn.Linear | None = None
         if config.lm_heads == "own":
             self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False, **factory)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, path: Tensor | None = None) -> Tensor:
+        """hidden [...,D] and the path's embeddings [...,≥ num_read,D] (None where none is read) → features [...,D]."""
+        if self.num_read and path is None:
+            raise ValueError("hydra heads read the tokens of the path; give `path`, the root first")
+        beside = None if path is None else path[..., : self.num_read, :]
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, beside)
+            beside = None
         return hidden
 
 
@@ -116,7 +129,10 @@ class MedusaHeads(nn.Module):
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.heads = nn.ModuleList(
-            [MedusaHead(config, hidden_size, vocab_size, dtype=dtype, device=device) for _ in range(config.num_heads)]
+            [
+                MedusaHead(config, k, hidden_size, vocab_size, dtype=dtype, device=device)
+                for k in range(config.num_heads)
+            ]
         )
         if lm_head_weight is not None:
             with torch.no_grad():
@@ -128,26 +144,64 @@ class MedusaHeads(nn.Module):
     def num_heads(self) -> int:
         return self.config.num_heads
 
-    def features(self, hidden: Tensor, num_heads: int | None = None) -> Tensor:
-        """hidden [...,D] → what the lm_heads of the first `num_heads` (default all) heads read [...,K,D]."""
-        return torch.stack([head(hidden) for head in self.heads[:num_heads]], dim=-2)
+    def path_embeddings(self, path: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """path [...,J] token ids, the root first → what the heads read of them [...,J,D]; None for heads that read none.
 
-    def logits(self, hidden: Tensor, lm_head: LmHead, num_heads: int | None = None) -> Tensor:
-        """hidden [...,D] → logits [...,K,V] of the first `num_heads` heads, through the backbone's soft-cap or scale."""
-        features = self.features(hidden, num_heads)
+        Of unit mean square, since what a backbone scales its embeddings by is its own affair, and without gradient: heads
+        take embeddings as they find them.
+        """
+        if self.config.kind == "medusa" or path is None:
+            return None
+        embedded = embed(path).detach()
+        return F.rms_norm(embedded, embedded.shape[-1:]).to(next(self.parameters()).dtype)
+
+    def features(self, hidden: Tensor, num_heads: int | None = None, *, path: Tensor | None = None) -> Tensor:
+        """hidden [...,D] → what the lm_heads of the first `num_heads` (default all) heads read [...,K,D].
+
+        `path` [...,K,D] are the `path_embeddings` of the path that the heads go on from, each from as much as it reads.
+        """
+        return torch.stack([head(hidden, path) for head in self.heads[:num_heads]], dim=-2)
+
+    def logits(
+        self, hidden: Tensor, lm_head: LmHead, num_heads: int | None = None, *, path: Tensor | None = None
+    ) -> Tensor:
+        """hidden [...,D] → logits [...,K,V] of the first `num_heads` heads, through the backbone's soft-cap or scale.
+
+        `path` [...,K] are the token ids that hydra heads read, the root first.
+        """
+        features = self.features(hidden, num_heads, path=self.path_embeddings(path, lm_head.embed))
         if self.config.lm_heads == "shared":
             return lm_head.logits(features)
-        own = [F.linear(x, head.lm_head.weight) for x, head in zip(features.unbind(-2), self.heads, strict=False)]  # type: ignore[union-attr,arg-type]
-        return lm_head.transform(torch.stack(own, dim=-2))
+        return torch.stack([self._read(k, x, lm_head) for k, x in enumerate(features.unbind(-2))], dim=-2)
+
+    def logits_of(self, head: int, hidden: Tensor, lm_head: LmHead, *, path: Tensor | None = None) -> Tensor:
+        """As `logits`, of head 0 … K−1 alone: [...,V]. `path` need not be longer than what it reads."""
+        features = self.heads[head](hidden, self.path_embeddings(path, lm_head.embed))
+        return self._read(head, features, lm_head)
+
+    def _read(self, head: int, features: Tensor, lm_head: LmHead) -> Tensor:
+        own = self.heads[head].lm_head
+        return lm_head.logits(features) if own is None else lm_head.transform(F.linear(features, own.weight))  # type: ignore[arg-type,union-attr]
 
     @property
     def num_choices(self) -> int:
         """How many tokens a head guesses among."""
         return self.vocab_size if self.vocabulary is None else len(self.vocabulary)
 
-    def guesses(self, hidden: Tensor, lm_head: LmHead, *, num_ranks: int, num_heads: int | None = None) -> Tensor:
-        """hidden [...,D] → the heads' best tokens [...,K,R], best first; `lm_head` scores `vocabulary` or, if None, all."""
-        return ranked_tokens(self.logits(hidden, lm_head, num_heads), num_ranks, self.vocabulary)
+    def guesses(
+        self,
+        hidden: Tensor,
+        lm_head: LmHead,
+        *,
+        num_ranks: int,
+        num_heads: int | None = None,
+        path: Tensor | None = None,
+    ) -> Tensor:
+        """hidden [...,D] → the heads' best tokens [...,K,R], best first; `lm_head` scores `vocabulary` or, if None, all.
+
+        Hydra heads guess what follows `path` [...,K], token ids.
+        """
+        return ranked_tokens(self.logits(hidden, lm_head, num_heads, path=path), num_ranks, self.vocabulary)
 
     def weighed_guesses(
         self,
@@ -170,5 +224,5 @@ class MedusaHeads(nn.Module):
         log_probs = wide.gather(-1, places) - wide.logsumexp(dim=-1, keepdim=True)
         return places if self.vocabulary is None else self.vocabulary[places], log_probs.clamp_max(0)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.features(hidden)
+    def forward(self, hidden: Tensor, path: Tensor | None = None) -> Tensor:
+        return self.features(hidden, path=path)

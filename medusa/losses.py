@@ -65,6 +65,14 @@ def head_targets(labels: Tensor, num_heads: int) -> Tensor:
     return targets.masked_fill(own.unsqueeze(-1) == IGNORE, IGNORE)
 
 
+def true_path(ids: Tensor, num_heads: int) -> Tensor:
+    """ids [...,S] → [...,S,K], the tokens that come after each position, 0 past the end: the root and what follows it on
+    the right path. Head k, whose target is the token after the first k of them, reads those k if it is a hydra head."""
+    length = ids.shape[-1]
+    padded = F.pad(ids, (0, num_heads))
+    return torch.stack([padded[..., k : length + k] for k in range(1, num_heads + 1)], dim=-1)
+
+
 def hard_target(targets: Tensor) -> SparseTarget:
     """targets [P], −100 for none."""
     return SparseTarget(tokens=targets.clamp_min(0).unsqueeze(1), shares=(targets != IGNORE).unsqueeze(1))
@@ -130,12 +138,17 @@ def medusa1_loss(
     denominator: float | None = None,
     soft: SoftLabels | None = None,
     chunk_size: int = CHUNK_SIZE,
+    path: Tensor | None = None,
 ) -> HeadsLoss:
-    """`heads_loss` over hidden [P,D], the heads reading `lm_head_weight` or their own, the backbone frozen."""
+    """`heads_loss` over hidden [P,D], the heads reading `lm_head_weight` or their own, the backbone frozen.
+
+    `path` [P,K,D] are the heads' `path_embeddings` of the `true_path`, where they read it.
+    """
 
     def reader(weight: Tensor) -> Reader:
         return lambda x, objective: linear_loss([(x, weight)], objective, transform=transform, chunk_size=chunk_size)
 
     own = [None if head.lm_head is None else head.lm_head.weight for head in heads.heads]  # type: ignore[union-attr]
     readers = [reader(lm_head_weight if weight is None else weight) for weight in own]  # type: ignore[arg-type]
-    return heads_loss(heads.features(hidden), targets, readers, decay=decay, denominator=denominator, soft=soft)
+    features = heads.features(hidden, path=path)
+    return heads_loss(features, targets, readers, decay=decay, denominator=denominator, soft=soft)

@@ -2,7 +2,8 @@
 
     P positions, K heads, R ranks
 A tree never changes a greedy answer. So the answer, and the ranks at which the heads guessed its tokens, say what each
-step of any tree accepts: one forward an answer serves every tree. Knows ranks and trees; knows no request, no cache.
+step of any tree accepts: one forward an answer serves every tree. A hydra head's rank is the one after the answer's own
+path, and no other path is ever accepted. Knows ranks and trees; knows no request, no cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from medusa.backbone import Backbone
 from medusa.heads import MedusaHeads
-from medusa.losses import IGNORE, head_targets
+from medusa.losses import IGNORE, head_targets, true_path
 from medusa.tree import Path, Tree
 from medusa.tree_search import MAX_RANKS
 
@@ -42,9 +43,10 @@ def guessed_ranks(
         ids = torch.tensor([[*prompt, *answer]], device=backbone.device)
         hidden = backbone.hidden_states(ids)[0, own].to(next(heads.parameters()).dtype)
         targets = head_targets(labels, heads.num_heads)[own]
+        path = true_path(ids[0], heads.num_heads)[own]
         found = [
-            ranks_of(heads.guesses(part, reader, num_ranks=ranks).cpu(), wanted)
-            for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+            ranks_of(heads.guesses(part, reader, num_ranks=ranks, path=after).cpu(), wanted)
+            for part, after, wanted in zip(hidden.split(rows), path.split(rows), targets.split(rows), strict=True)
         ]
         yield torch.cat(found) if found else torch.empty(0, heads.num_heads, dtype=torch.long)
 

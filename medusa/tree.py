@@ -154,12 +154,44 @@ class Tree:
             ancestor_mask=self.ancestor_mask.to(device),
             depth=self.depth,
             width=self.width,
+            levels=tuple(self._level(depth).on(device) for depth in range(self.depth)),
+        )
+
+    def _level(self, depth: int) -> Level:
+        children = [node for node in range(self.num_nodes) if self.depths[node] == depth + 1]
+        inner = sorted({self.parents[node] for node in children})
+        ranks = [self.paths[node][-1] for node in children]
+        return Level(
+            paths=self.node_paths[inner, : depth + 1],
+            children=torch.tensor(children),
+            parents=torch.tensor([inner.index(self.parents[node]) for node in children]),
+            ranks=torch.tensor(ranks),
+            width=max(ranks) + 1,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    """The F nodes of one depth that have children, and those C children: what is filled from it, and how.
+
+    `paths` [F,depth+1] are the nodes from the root to each; `children` [C] are nodes, `parents` [C] their places among the
+    F, `ranks` [C] and `width` as of a tree.
+    """
+
+    paths: Tensor
+    children: Tensor
+    parents: Tensor
+    ranks: Tensor
+    width: int
+
+    def on(self, device: torch.device) -> Level:
+        tables = {name: getattr(self, name).to(device) for name in ("paths", "children", "parents", "ranks")}
+        return Level(**tables, width=self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceTree:
-    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`."""
+    """A tree's tables on a device, as the decoder reads them. Shapes as in `Tree`; `levels` from the root down."""
 
     depths: Tensor
     parents: Tensor
@@ -168,6 +200,7 @@ class DeviceTree:
     ancestor_mask: Tensor
     depth: int
     width: int
+    levels: tuple[Level, ...]
 
     @property
     def num_nodes(self) -> int:

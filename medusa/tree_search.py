@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medusa.backbone import Backbone
 from medusa.heads import MedusaHeads
-from medusa.losses import IGNORE, head_targets
+from medusa.losses import IGNORE, head_targets, true_path
 from medusa.tree import Path
 
 MAX_RANKS = 16
@@ -54,7 +54,10 @@ def measure_hits(
     num_ranks: int = MAX_RANKS,
     rows: int = 64,
 ) -> HitTable:
-    """Hits on (prompt ids, answer ids) pairs, the answers being the backbone's own greedy ones. `rows` bounds memory."""
+    """Hits on (prompt ids, answer ids) pairs, the answers being the backbone's own greedy ones. `rows` bounds memory.
+
+    Hydra heads are given the answer's own path: what a tree grows by is how often a head is right after a right path.
+    """
     ranks = min(num_ranks, heads.num_choices)
     reader = backbone.lm_head_for(heads.vocabulary)
     total = HitTable(hits=torch.zeros(heads.num_heads, ranks).long(), counts=torch.zeros(heads.num_heads).long())
@@ -62,11 +65,12 @@ def measure_hits(
         ids = torch.tensor([[*prompt, *answer]], device=backbone.device)
         labels = ids[0].clone()
         labels[: len(prompt)] = IGNORE
-        targets = head_targets(labels, heads.num_heads)
+        targets, path = head_targets(labels, heads.num_heads), true_path(ids[0], heads.num_heads)
         hidden = backbone.hidden_states(ids)[0].to(next(heads.parameters()).dtype)
         wanted = (targets[:, 0] != IGNORE).nonzero().squeeze(1)
         for part in wanted.split(rows):
-            table = count_hits(heads.guesses(hidden[part], reader, num_ranks=ranks), targets[part])
+            guesses = heads.guesses(hidden[part], reader, num_ranks=ranks, path=path[part])
+            table = count_hits(guesses, targets[part])
             total = total + HitTable(hits=table.hits.cpu(), counts=table.counts.cpu())
     return total
 

@@ -80,11 +80,15 @@ class BackboneSection(Section):
 
 
 class HeadsSection(Section):
-    """Shape of fresh heads, used with `train.init_from: none`; otherwise the shape is read from the tensors."""
+    """Shape of fresh heads, used with `train.init_from: none`; otherwise the shape is read from the tensors.
+
+    `kind` hydra: heads that also read the tokens before their own on the path; static trees alone, no export.
+    """
 
     num_heads: PositiveInt = 5
     num_layers: PositiveInt = 1
     lm_heads: Literal["shared", "own"] = "shared"
+    kind: Literal["medusa", "hydra"] = "medusa"
 
 
 class RaySection(Section):

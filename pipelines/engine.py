@@ -154,7 +154,8 @@ class TrainEngine:
         with self.whole(read_weights(learner)):
             for start in range(0, len(positions), _HELD_OUT_ROWS):
                 some = positions.at(slice(start, start + _HELD_OUT_ROWS))
-                table = count_hits(learner.heads.guesses(some.hidden, lm_head, num_ranks=ranks), some.targets.long())
+                guesses = learner.heads.guesses(some.hidden, lm_head, num_ranks=ranks, path=some.path.long())
+                table = count_hits(guesses, some.targets.long())
                 hits += table.hits
                 counts += table.counts
         if not together:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medusa.adapters import Adapters
@@ -127,7 +128,10 @@ class JointLearner:
     def held_out_reader(self) -> tuple[PositionsReader, LmHead]:
         set_dropout(self.backbone.model, on=False)
         reader = PositionsReader(backbone=self.backbone, num_heads=self.heads.num_heads)
-        return reader, _TunedLmHead(readout=self.module.readout, vocabulary=self.heads.vocabulary)
+        lm_head = _TunedLmHead(
+            readout=self.module.readout, vocabulary=self.heads.vocabulary, embeddings=_embeddings(self.backbone)
+        )
+        return reader, lm_head
 
     def adapters(self) -> Adapters | None:
         return exported(self.backbone, self._train)
@@ -135,10 +139,11 @@ class JointLearner:
 
 @dataclass(frozen=True, kw_only=True)
 class _TunedLmHead:
-    """The lm_head as it is being trained, over some tokens or all."""
+    """The lm_head as it is being trained, over some tokens or all, and the embeddings; the weights must be whole."""
 
     readout: Readout
     vocabulary: Tensor | None
+    embeddings: Tensor
 
     @property
     def transform(self) -> LogitTransform:
@@ -147,6 +152,14 @@ class _TunedLmHead:
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.readout.logits(hidden)
         return logits if self.vocabulary is None else logits[..., self.vocabulary]
+
+    def embed(self, ids: Tensor, /) -> Tensor:
+        """Up to their scale. Not by their layer, after whose call ZeRO-3 lets go of a weight that an lm_head may share."""
+        return F.embedding(ids, self.embeddings)
+
+
+def _embeddings(backbone: Backbone) -> nn.Parameter:
+    return backbone.model.get_input_embeddings().weight  # type: ignore[return-value]
 
 
 def shape_of(learner: Learner, rows: Sequence[Answer]) -> Shape:
@@ -170,9 +183,10 @@ def lane_seed(train: TrainSection, lane: int) -> int:
 
 
 def read_weights(learner: Learner) -> list[nn.Parameter]:
-    """The weights that lm_heads are read from directly, without calling the layer that owns them."""
+    """The weights that are read directly when heads guess, without calling the layer that owns them."""
     found = [head.lm_head.weight for head in learner.heads.heads if head.lm_head is not None]  # type: ignore[union-attr]
     readout = getattr(learner.module, "readout", None)
     if isinstance(readout, Readout):
         found += [readout.weight] + ([readout.up] if readout.up is not None else [])
-    return found  # type: ignore[return-value]
+        found += [_embeddings(learner.backbone)]
+    return list(dict.fromkeys(found))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medusa.backbone import Backbone
 from medusa.heads import LogitTransform, MedusaHeads
 from medusa.linear_loss import Objective, TeacherTarget, linear_loss
-from medusa.losses import IGNORE, HeadsLoss, SoftLabels, hard_target, heads_loss
+from medusa.losses import IGNORE, HeadsLoss, SoftLabels, hard_target, heads_loss, true_path
 from pipelines.config import TrainSection
 from pipelines.dataset import Packed
 from pipelines.positions import Positions
@@ -62,7 +62,7 @@ class HeadsModule(nn.Module):
         self.heads = heads
         # In a list, so that torch and DeepSpeed do not take it for one of the module's own tensors.
         self._lm_head = [backbone.lm_head_weight.detach().to(next(heads.parameters()).dtype)]
-        self._transform, self._train = backbone.transform, train
+        self._transform, self._train, self._embed = backbone.transform, train, backbone.embed
         self.own = _own_readouts(heads, backbone, train)
 
     def _read(self, features: Tensor, objective: Objective) -> Tensor:
@@ -76,7 +76,7 @@ class HeadsModule(nn.Module):
                 tokens=batch.soft_tokens, shares=batch.soft_shares.float(), weight=self._train.soft_weight
             )
         found = heads_loss(
-            self.heads.features(batch.hidden),
+            self.heads.features(batch.hidden, path=self.heads.path_embeddings(batch.path.long(), self._embed)),
             batch.targets.long(),
             list(self.own) or [self._read] * self.heads.num_heads,
             decay=self._train.loss_decay,
@@ -106,8 +106,9 @@ class JointModule(nn.Module):
             objective = TeacherTarget(hidden=original, weight=self.readout.weight, transform=self.readout.transform)
         hidden = self._backbone.hidden_states(batch.ids, batch.documents)[kept]
         lm = self.readout(hidden, objective)
+        path = true_path(batch.ids, self.heads.num_heads)[kept]
         found = heads_loss(
-            self.heads.features(hidden),
+            self.heads.features(hidden, path=self.heads.path_embeddings(path, self._backbone.embed)),
             batch.targets[kept],
             list(self.own) or [self.readout] * self.heads.num_heads,
             decay=self._train.loss_decay,

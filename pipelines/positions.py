@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medusa.backbone import Backbone
-from medusa.losses import IGNORE
+from medusa.losses import IGNORE, true_path
 from pipelines.dataset import BLOCK, Order, Pack, collate, length_of, num_positions, pack_rows
 from pipelines.records import Answer
 
@@ -26,11 +26,13 @@ _SHARE_TYPE = torch.float16
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """What the heads learn from: `hidden` [P,D], `targets` [P,K] (−100: none) and, where asked for, the backbone's best
-    tokens at each target [P,K,R] with their shares. Every position has the first head's target."""
+    """What the heads learn from: `hidden` [P,D], `targets` [P,K] (−100: none), the `path` [P,K] of tokens that the answer
+    goes on with, which hydra heads read, and, where asked for, the backbone's best tokens at each target [P,K,R] with
+    their shares. Every position has the first head's target."""
 
     hidden: Tensor
     targets: Tensor
+    path: Tensor
     soft_tokens: Tensor
     soft_shares: Tensor
 
@@ -59,7 +61,8 @@ class PositionsReader:
     @property
     def bytes_per_position(self) -> int:
         soft = self.num_heads * self.ranks * (torch.int32.itemsize + _SHARE_TYPE.itemsize)
-        return self.backbone.hidden_size * self.backbone.dtype.itemsize + soft + self.num_heads * torch.int32.itemsize
+        tokens = 2 * self.num_heads * torch.int32.itemsize
+        return self.backbone.hidden_size * self.backbone.dtype.itemsize + soft + tokens
 
     def read(self, packs: Sequence[Pack]) -> Iterator[Positions]:
         """The positions of each pack, in order; packs share a forward while it stays small."""
@@ -91,6 +94,7 @@ class PositionsReader:
                 Positions(
                     hidden=hidden[b, kept].clone(),
                     targets=batch.targets[b, kept].to(torch.int32),
+                    path=true_path(batch.ids[b], self.num_heads)[kept].to(torch.int32),
                     soft_tokens=tokens,
                     soft_shares=shares,
                 )
@@ -125,6 +129,7 @@ class PositionsReader:
         return Positions(
             hidden=torch.empty(0, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device),
             targets=torch.empty(0, self.num_heads, dtype=torch.int32, device=backbone.device),
+            path=torch.empty(0, self.num_heads, dtype=torch.int32, device=backbone.device),
             soft_tokens=torch.empty(soft, dtype=torch.int32, device=backbone.device),
             soft_shares=torch.empty(soft, dtype=_SHARE_TYPE, device=backbone.device),
         )

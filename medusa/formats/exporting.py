@@ -61,11 +61,16 @@ def export_heads(
 
     `backbone` is what `medusa.load` made of it: adapters merged. Tensors keep the type they are loaded in. `num_nodes`
     cuts the tree that the reference's layouts get, default the checkpoint's choice. `backbone_saved` says that a tuned
-    backbone is stored elsewhere. ValueError for an unknown format, a target that exists, and what the format cannot
-    hold; `force` leaves the latter out where that is possible.
+    backbone is stored elsewhere. ValueError for an unknown format, a target that exists, hydra heads, and what the format
+    cannot hold; `force` leaves the latter out where that is possible.
     """
     folder = Path(target)
     check_request(format, folder)
+    if checkpoint.heads.config.kind == "hydra":
+        raise ValueError(
+            f"format {format} cannot hold hydra heads: what reads it runs plain Medusa heads, which see no path; "
+            "export heads of kind medusa"
+        )
     layout = _fitting_layout(checkpoint) if format == "reference" else format
     if checkpoint.adapters is not None and layout != "reference-full" and not backbone_saved:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Case:
     train: dict[str, Any]
     lm_heads: str = "shared"
     tied: bool = False
+    kind: str = "medusa"
 
 
 _JOINT = {"method": "medusa2", "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1}
@@ -48,9 +49,11 @@ _METHODS = {
     "tied": Case("tied", _JOINT, tied=True),
     "full": Case("full", {**_JOINT, "tune": "full"}, "own"),
     "full-tied": Case("full-tied", {**_JOINT, "tune": "full"}, tied=True),
+    "hydra": Case("hydra", {}, kind="hydra"),
+    "hydra-full-tied": Case("hydra-full-tied", {**_JOINT, "tune": "full"}, tied=True, kind="hydra"),
 }
 CASES = [
-    Case(f"{name}-{stage}", {**case.train, "zero_stage": stage}, case.lm_heads, case.tied)
+    replace(case, name=f"{name}-{stage}", train={**case.train, "zero_stage": stage})
     for name, case in _METHODS.items()
     for stage in ((0, 1, 2, 3) if name in ("medusa1", "lora") else (3,))
 ]
@@ -68,7 +71,7 @@ def configured(case: Case, backbones: Path, workdir: Path) -> Config:
         {
             "workdir": workdir,
             "backbone": {"name": str(backbones / ("tied" if case.tied else "untied"))},
-            "heads": {"num_heads": 3, "lm_heads": case.lm_heads},
+            "heads": {"num_heads": 3, "lm_heads": case.lm_heads, "kind": case.kind},
             "train": train,
         }
     )

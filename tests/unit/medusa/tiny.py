@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from medusa.backbone import Backbone, Placement
-from medusa.config import HeadsConfig
+from medusa.config import HeadKind, HeadsConfig
 from medusa.heads import LogitTransform, MedusaHeads
 from medusa.tree import Path, Tree
 from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer
@@ -35,10 +35,11 @@ def random_heads(
     lm_heads: str = "shared",
     seed: int = 1,
     vocabulary: torch.Tensor | None = None,
+    kind: HeadKind = "medusa",
 ) -> MedusaHeads:
     """Heads whose every tensor is random: no two guess alike."""
     heads = MedusaHeads(
-        HeadsConfig(num_heads=NUM_HEADS, num_layers=num_layers, lm_heads=lm_heads),  # type: ignore[arg-type]
+        HeadsConfig(num_heads=NUM_HEADS, num_layers=num_layers, lm_heads=lm_heads, kind=kind),  # type: ignore[arg-type]
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
         vocabulary=vocabulary,

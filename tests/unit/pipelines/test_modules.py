@@ -11,11 +11,13 @@ from torch import Tensor
 
 from medusa.adapters import Adapters
 from medusa.backbone import Backbone
+from medusa.config import HeadKind
 from medusa.heads import MedusaHeads
-from medusa.losses import IGNORE
+from medusa.losses import IGNORE, true_path
 from pipelines.config import TrainSection
 from pipelines.dataset import Packed, collate, labels_of
-from pipelines.modules import JointModule
+from pipelines.modules import HeadsModule, JointModule
+from pipelines.positions import PositionsReader
 from pipelines.records import Answer
 from pipelines.tuning import adapted_layers, exported, linear_layers, make_tunable
 from tests.unit.medusa.tiny import random_heads, tiny_backbone
@@ -31,14 +33,19 @@ LAMBDA0 = 0.3
 
 
 def tuned(
-    family: str = "llama", *, tune: str = "lora", tied: bool = False, lm_heads: str = "shared"
+    family: str = "llama",
+    *,
+    tune: str = "lora",
+    tied: bool = False,
+    lm_heads: str = "shared",
+    kind: HeadKind = "medusa",
 ) -> tuple[JointModule, Backbone]:
     """A backbone whose adapters already differ from zero, with random heads, in float64."""
     backbone = tiny_backbone(family, dtype=torch.float64, tie_word_embeddings=tied)
     train = TrainSection.model_validate(
         {"method": "medusa2", "tune": tune, "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.0, "chunk_size": 3}
     )
-    heads = random_heads(backbone, lm_heads=lm_heads)
+    heads = random_heads(backbone, lm_heads=lm_heads, kind=kind)
     make_tunable(backbone, train)
     with torch.no_grad():
         for layer in adapted_layers(backbone.model).values() if tune == "lora" else ():
@@ -61,7 +68,7 @@ def textbook(
         hidden = student.hidden_states(ids)[0]
         own = student.logits(hidden).log_softmax(-1)
         original = teacher.logits(teacher.hidden_states(ids)[0]).log_softmax(-1).detach() if teacher else None
-        guesses = heads.logits(hidden, student).log_softmax(-1)
+        guesses = heads.logits(hidden, student, path=true_path(ids[0], heads.num_heads)).log_softmax(-1)
         for t in range(ids.shape[1] - 1):
             if labels[t + 1] == IGNORE:
                 continue
@@ -80,15 +87,17 @@ def loss_of(module: JointModule, batch: Packed) -> tuple[Tensor, Tensor, Tensor]
     return module(batch, float((batch.own != IGNORE).sum()), LAMBDA0)
 
 
-@pytest.mark.parametrize("lm_heads", ["shared", "own"])
+@pytest.mark.parametrize(("lm_heads", "kind"), [("shared", "medusa"), ("own", "medusa"), ("shared", "hydra")])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_lora_equals_the_textbook_loss_of_the_merged_backbone(family: str, tied: bool, lm_heads: str) -> None:
+def test_lora_equals_the_textbook_loss_of_the_merged_backbone(
+    family: str, tied: bool, lm_heads: str, kind: HeadKind
+) -> None:
     """The oracle knows no adapters: its student is another model with W + α/r·B·A, made through the checkpoint's merge.
 
     Its gradient by B is then α/r · ∂L/∂W · Aᵀ.
     """
-    module, backbone = tuned(family, tied=tied, lm_heads=lm_heads)
+    module, backbone = tuned(family, tied=tied, lm_heads=lm_heads, kind=kind)
     batch = collate([ROWS], 3)
     loss, sums, counts = loss_of(module, batch)
     loss.backward()
@@ -117,6 +126,29 @@ def test_lora_equals_the_textbook_loss_of_the_merged_backbone(family: str, tied:
     assert not others, "the original weights get no gradient"
     assert counts.tolist() == [sum(len(row.response_ids) for row in ROWS), *counts[1:].tolist()]
     assert float(sums[0]) > 0
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_heads_alone_equal_the_textbook_loss_over_packed_positions(kind: HeadKind) -> None:
+    backbone = tiny_backbone(dtype=torch.float64)
+    backbone.model.requires_grad_(False)
+    heads = random_heads(backbone, kind=kind)
+    module = HeadsModule(heads, backbone, TrainSection(chunk_size=3))
+    positions = PositionsReader(backbone=backbone, num_heads=3).read_all(ROWS, 24)
+    loss, sums, counts = module(positions, float(len(positions)))
+    want, found = torch.zeros((), dtype=torch.float64), 0
+    for row in ROWS:
+        ids, labels = torch.tensor(row.prompt_ids + row.response_ids), labels_of(row)
+        hidden = backbone.hidden_states(ids[None])[0]
+        guesses = heads.logits(hidden, backbone, path=true_path(ids, 3)).log_softmax(-1)
+        for t, k in ((t, k) for t in range(len(ids)) for k in (1, 2, 3)):
+            if t + k + 1 < len(ids) and labels[t + 1] != IGNORE:
+                want = want - 0.8**k * guesses[t, k - 1, labels[t + k + 1]] / len(positions)
+                found += 1
+    torch.testing.assert_close(loss, want)
+    assert counts.sum() == found and sums[0] == 0
+    parameters = tuple(heads.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters))
 
 
 @pytest.mark.parametrize("tied", [False, True])

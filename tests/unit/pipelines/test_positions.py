@@ -39,8 +39,11 @@ def reader(backbone: Backbone) -> PositionsReader:
     return PositionsReader(backbone=backbone, num_heads=NUM_HEADS, ranks=RANKS)
 
 
-def oracle(backbone: Backbone, row: Answer) -> list[tuple[torch.Tensor, list[int], list[torch.Tensor | None]]]:
-    """(hidden state, targets, the backbone's distribution at each target) of a row's positions, one row alone."""
+def oracle(
+    backbone: Backbone, row: Answer
+) -> list[tuple[torch.Tensor, list[int], list[torch.Tensor | None], list[int]]]:
+    """(hidden state, targets, the backbone's distribution at each target, the tokens that follow) of a row's positions, one
+    row alone."""
     tokens = row.prompt_ids + row.response_ids
     states = backbone.hidden_states(torch.tensor([tokens]))[0].detach()
     found = []
@@ -49,7 +52,7 @@ def oracle(backbone: Backbone, row: Answer) -> list[tuple[torch.Tensor, list[int
         if inside[0]:
             wanted = [tokens[t + k + 1] if inside[k - 1] else IGNORE for k in range(1, NUM_HEADS + 1)]
             own = [backbone.logits(states[t + k]).detach() if inside[k - 1] else None for k in range(1, NUM_HEADS + 1)]
-            found.append((states[t], wanted, own))
+            found.append((states[t], wanted, own, tokens[t + 1 : t + NUM_HEADS + 1]))
     return found
 
 
@@ -61,9 +64,10 @@ def test_positions_match_an_oracle_that_takes_one_row_and_one_position_at_a_time
     expected = [item for pack in packs for row in pack for item in oracle(backbone, row)]
     found = reader.read_all(ROWS, 24)
     assert len(found) == len(expected) > 0
-    for i, (hidden, targets, own) in enumerate(expected):
+    for i, (hidden, targets, own, path) in enumerate(expected):
         torch.testing.assert_close(found.hidden[i], hidden, rtol=1e-4, atol=1e-5)
         assert found.targets[i].tolist() == targets
+        assert found.path[i].tolist()[: len(path)] == path
         for k, logits in enumerate(own):
             if logits is None:
                 assert found.soft_shares[i, k].sum() == 0

@@ -1,0 +1,48 @@
+"""Heads trained from a file of answers: those that read the path learn what only the path tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmarks import pretrain
+from medusa.checkpoint import load_checkpoint
+
+NUM_KINDS = 8
+
+
+def answer(row: int) -> list[int]:
+    """Pairs of tokens: the first of a pair is drawn, and says what the second is."""
+    drawn = torch.randint(NUM_KINDS, (24,), generator=torch.Generator().manual_seed(row)).tolist()
+    return [token for kind in drawn for token in (20 + kind, 60 + kind)]
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Kind of heads → top-1 accuracy of each head, equally trained on the same file."""
+    monkeypatch.setattr(pretrain, "DEFAULT_BACKBONE", str(tiny_folder))
+    rows = [{"id": str(n), "source": "x", "prompt_ids": [5, 6, 7], "response_ids": answer(n)} for n in range(60)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "answers.parquet")
+    found = {}
+    for kind in ("medusa", "hydra"):
+        pretrain.main(
+            data=tmp_path / "answers.parquet", out=tmp_path / kind, steps=120, batch=64, num_heads=2, num_layers=1,
+            start_from="none", lr=2e-2, warmup=5, source=None, limit=None, positions=tmp_path / "kept", threads=0,
+            seed=0, kind=kind,
+        )  # fmt: skip
+        checkpoint = load_checkpoint(tmp_path / kind)
+        assert checkpoint.heads.config.kind == kind and checkpoint.accuracy is not None
+        found[kind] = [row[0] for row in checkpoint.accuracy]
+    return found
+
+
+def test_only_heads_that_read_the_path_learn_what_it_alone_tells(trained: dict[str, list[float]]) -> None:
+    """Half of the targets are drawn and half follow from the token before, which the hidden state does not know."""
+    best = 0.5 + 0.5 / NUM_KINDS
+    for head in range(2):
+        assert trained["hydra"][head] > 0.8 * best
+        assert trained["medusa"][head] < 0.5 * best
