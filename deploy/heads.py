@@ -47,7 +47,7 @@ def first_model(config: Config) -> tuple[HeadsOrigin, Model]:
     if bearer is None:
         said = "no version is %r in %s: the default heads are served until one is"
         logger.warning(said, config.serve.alias, tracking_uri(config))
-        return _default(load_model(config.backbone, None), config.backbone)
+        return _default(config.backbone)
     try:
         version = source.fetch(bearer)
         assert version.folder is not None
@@ -70,16 +70,22 @@ def _stand_in(source: RegistrySource, config: Config) -> tuple[HeadsOrigin, Mode
             logger.exception("version %d, a champion before it, cannot be served either", number)
         else:
             return HeadsOrigin.of(version, config.serve.alias, stands_in=True), model
-    return _default(plain, config.backbone, stands_in=True)
+    return _default(config.backbone, plain, stands_in=True)
 
 
-def _default(plain: Model, backbone: BackboneSection, *, stands_in: bool = False) -> tuple[HeadsOrigin, Model]:
-    """The heads that come with a backbone; without those, or where its weights are not those they are for, none."""
+def _default(
+    backbone: BackboneSection, plain: Model | None = None, *, stands_in: bool = False
+) -> tuple[HeadsOrigin, Model]:
+    """The heads that come with a backbone; without those, or where its weights are not those they are for, none.
+
+    `plain` is the backbone, if it is loaded.
+    """
     try:
-        model = successor(plain, backbone, pretrained_heads(backbone.name))
+        heads = pretrained_heads(backbone.name)
+        model = load_model(backbone, heads) if plain is None else successor(plain, backbone, heads)
     except CheckpointError as error:
         logger.warning("%s; answers are decoded plainly", error)
-        return HeadsOrigin(label="plain", stands_in=stands_in), plain
+        return HeadsOrigin(label="plain", stands_in=stands_in), plain or load_model(backbone, None)
     return HeadsOrigin(label="default", stands_in=stands_in), model
 
 

@@ -292,6 +292,15 @@ def test_a_new_replica_serves_the_champion_before_a_damaged_one_and_follows(
         assert host.status() == {"version": f"champion-v{newest}"}
 
 
+def test_without_a_registry_the_default_heads_are_served(
+    config: Config, save_heads: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.heads.pretrained_heads", lambda name: save_heads(tmp_path / "default"))
+    with started(config) as host:
+        assert host.status() == {"version": "default"}
+        assert host._model.heads is not None
+
+
 def test_a_new_replica_whose_only_champion_is_damaged_serves_the_default_heads(
     config: Config,
     champions: Champions,
