@@ -13,7 +13,7 @@ from typing import Protocol
 
 from medusa.errors import MedusaError
 from pipelines.config import Config
-from pipelines.registry import Registry, Version, open_registry
+from pipelines.registry import CHAMPION, Registry, Version, open_registry
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,17 @@ class RegistrySource:
             return None
         self._registry = self._registry or open_registry(self._config)
         return self._registry.aliased(self._alias)
+
+    def earlier(self) -> list[int]:
+        """Numbers of those that bore the alias before its bearer, the latest first. Only champions are remembered."""
+        if self._alias != CHAMPION or self._registry is None:
+            return []
+        *before, present = self._registry.champions() or [0]
+        return [number for number in dict.fromkeys(reversed(before)) if number != present]
+
+    def version(self, number: int) -> Version:
+        assert self._registry is not None
+        return self._registry.version(number)
 
     def fetch(self, version: Version) -> Version:
         assert self._registry is not None

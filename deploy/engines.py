@@ -1,11 +1,13 @@
-"""How serving sets up an engine: its size, its prefix cache, a tree that gives way to load. Knows no loop and no clients."""
+"""How serving sets up an engine: its size, its caches, a tree that gives way to load. Knows no loop and no clients."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 
+from medusa.backbone import Backbone
 from medusa.engine import Engine, StepRecord
+from medusa.errors import MedusaError
 from medusa.generate import Model
 from medusa.tree_policy import StepCosts, TreePolicy, expected_by_size, measure_step_costs
 from pipelines.config import ServeSection
@@ -49,6 +51,7 @@ class EngineMaker:
         if settings.adaptive_tree:
             self._policy = self._policy or self._fit(engine)
             engine.policy = self._policy
+        _prepare_grammars(model.backbone)
         return engine
 
     def _fit(self, engine: Engine) -> TreePolicy | None:
@@ -62,6 +65,17 @@ class EngineMaker:
         chosen = {batch: policy.choose(batch) for batch in sorted(self.costs.seconds)}
         logger.info("tree nodes by number of running requests: %s", chosen)
         return policy
+
+
+def _prepare_grammars(backbone: Backbone) -> None:
+    """Read the vocabulary now, which takes a second: the engine's first request with a grammar would make all others wait.
+
+    A backbone that cannot serve grammars serves all else; a request that asks for one is told why.
+    """
+    try:
+        _ = backbone.grammar_vocabulary
+    except MedusaError as error:
+        logger.warning("no answer can be held to a grammar: %s", error)
 
 
 def _covers(costs: StepCosts, expected: Mapping[int, float], max_batch_size: int) -> bool:

@@ -10,6 +10,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from deploy.metric_names import Spec
 logger = logging.getLogger(__name__)
 
 Record = Callable[[float], None]
+GAUGES_AGAIN_S = 1.0  # Ray reports every ten seconds, unless it is told otherwise
 _METHODS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 
 
@@ -64,17 +66,29 @@ class RayOutlet:
     """Ray's metrics, for a process in a cluster: Ray carries them to its nodes' metrics ports and names the worker.
 
     Ray takes ten times as long over a record as Prometheus' client, so a thread of its own does it: for whoever
-    records, it is a put into a queue.
+    records, it is a put into a queue. Ray's report of a gauge is of what was set since the report before, so that one which
+    keeps its value would vanish: each is set again every `repeat_s`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeat_s: float = GAUGES_AGAIN_S) -> None:
+        self._repeat_s = repeat_s
         self._records: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gauges: dict[tuple[Any, ...], Callable[[], None]] = {}  # the thread's: how each series was set last
         threading.Thread(target=self._run, name="medusa-ray-metrics", daemon=True).start()
 
     def recorder(self, spec: Spec, labels: Mapping[str, str]) -> Record:
         # Ray makes one metric of all objects of a name; default tags spare it to merge and check them at each record.
         method = getattr(self._metric(spec, tuple(labels)).set_default_tags(dict(labels)), _METHODS[spec.kind])
+        if spec.kind == "gauge":
+            series = (spec.name, *labels.values())
+            return lambda value: self._records.put(
+                functools.partial(self._set, series, functools.partial(method, value))
+            )
         return lambda value: self._records.put(functools.partial(method, value))
+
+    def _set(self, series: tuple[Any, ...], record: Callable[[], None]) -> None:
+        record()
+        self._gauges[series] = record
 
     def _metric(self, spec: Spec, labels: tuple[str, ...]) -> Any:
         from ray.util import metrics  # a server without Ray has no use for it
@@ -88,8 +102,15 @@ class RayOutlet:
                 return metrics.Histogram(spec.full_name, spec.help, boundaries=list(spec.buckets), tag_keys=labels)
 
     def _run(self) -> None:
+        due = time.monotonic() + self._repeat_s
         while True:
             try:
-                self._records.get()()
+                if (now := time.monotonic()) >= due:
+                    due = now + self._repeat_s
+                    for record in self._gauges.values():
+                        record()
+                self._records.get(timeout=due - now)()
+            except queue.Empty:
+                continue
             except Exception:
                 logger.exception("a metric could not be recorded with Ray")

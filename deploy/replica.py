@@ -11,88 +11,29 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import medusa
-from deploy.champion import Follower, RegistrySource, has_registry
+from deploy.champion import Follower, RegistrySource
 from deploy.engine_loop import EngineLoop
 from deploy.engines import EngineMaker
+from deploy.heads import HeadsOrigin, first_model, successor
 from deploy.metrics import Metrics
 from deploy.outlets import Outlet
 from deploy.service import Service
-from medusa.checkpoint import load_checkpoint
-from medusa.errors import CheckpointError
-from medusa.generate import Model
-from medusa.pretrained import pretrained_heads
-from pipelines.config import BackboneSection, Config, ServeSection
-from pipelines.errors import ConfigError, NoSuchAlias
+from pipelines.config import Config, ServeSection
+from pipelines.errors import ConfigError
 from pipelines.models import use_threads
-from pipelines.registry import Version, resolve
+from pipelines.registry import Version
 
 logger = logging.getLogger(__name__)
 
 MakeApp = Callable[[Service, ServeSection], ASGIApp]
 _OF_THE_PROXY = ("host", "port")
 _OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "tree", "adaptive_tree")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadsOrigin:
-    """Which heads are served: what `medusa.load` takes, and a word for it that clients see in `system_fingerprint`.
-
-    `version` is their number in the registry, None for heads that are not from there.
-    """
-
-    heads: str | None
-    label: str
-    version: int | None = None
-
-
-def choose_heads(config: Config) -> HeadsOrigin:
-    """The version that bears `serve.alias`; without one, the heads that come with the backbone; without those, none.
-
-    A registry or a version that is there but out of reach is an error, not a reason to serve something else.
-    """
-    if has_registry(config):
-        try:
-            return _origin(resolve(config), config.serve.alias)
-        except NoSuchAlias as error:
-            logger.warning("%s; until then the default heads are served", error)
-    else:
-        logger.warning("no registry at %s: the default heads are served", config.layout.tracking_db)
-    try:
-        pretrained_heads(config.backbone.name)
-    except CheckpointError as error:
-        logger.warning("%s; answers are decoded plainly", error)
-        return HeadsOrigin(heads=None, label="plain")
-    return HeadsOrigin(heads="default", label="default")
-
-
-def _origin(version: Version, alias: str) -> HeadsOrigin:
-    return HeadsOrigin(heads=str(version.folder), label=f"{alias}-v{version.number}", version=version.number)
-
-
-def load_model(backbone: BackboneSection, heads: str | None) -> Model:
-    """Raises BackboneError, CheckpointError, ValueError."""
-    return medusa.load(backbone.name, heads=heads, dtype=backbone.dtype, device=backbone.device)
-
-
-def successor(model: Model, backbone: BackboneSection, heads: Path) -> Model:
-    """The model with other heads, made while `model` goes on serving; it shares `model`'s backbone where that is the same.
-
-    A tuned backbone (MEDUSA-2), before or after, means a second one in memory until the first has answered its last.
-    Raises CheckpointError where the heads do not fit the backbone.
-    """
-    checkpoint = load_checkpoint(heads, backbone=model.backbone)
-    tuned = model.checkpoint is not None and model.checkpoint.adapters is not None
-    if tuned or checkpoint.adapters is not None:
-        return load_model(backbone, str(heads))
-    return Model(model.backbone, checkpoint.heads, checkpoint)
 
 
 class ModelHost:
@@ -109,8 +50,7 @@ class ModelHost:
         self._metrics = Metrics(self._name, outlets=outlets)
         self._maker: EngineMaker | None = None
         self._changing = threading.Lock()
-        self._origin = choose_heads(config)
-        self._model = load_model(config.backbone, self._origin.heads)
+        self._origin, self._model = first_model(config)
         self.loop = EngineLoop(
             self._new_maker(),
             self._model.backbone.tokenizer,
@@ -120,6 +60,8 @@ class ModelHost:
         self.app = NewestApp(self._front())
         self._follower = self._follow()
         self.loop.start()
+        if self._origin.stands_in:
+            self._follower.look()  # tries once more, and tells what is wrong as if it had come up now
 
     @property
     def version(self) -> str:
@@ -136,7 +78,7 @@ class ModelHost:
         assert version.folder is not None
         model = successor(self._model, self._config.backbone, version.folder)
         with self._change():
-            self._model, self._origin = model, _origin(version, self._settings.alias)
+            self._model, self._origin = model, HeadsOrigin.of(version, self._settings.alias)
             self.loop.switch(self._new_maker(), model.backbone.tokenizer)
             self.app.newest = self._front()
 

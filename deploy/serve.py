@@ -133,12 +133,12 @@ def serving(config: Config) -> Iterator[str]:
         try:
             single = application(config, autoscaling_config=None, num_replicas=1)
             try:
-                serve.run(single, name=APPLICATION, route_prefix="/", logging_config=_quiet_logging())
-            except RuntimeError as error:
-                raise ServeError(f"no replica came up: {_cause()}") from error
-            try:
+                try:
+                    serve.run(single, name=APPLICATION, route_prefix="/", logging_config=_quiet_logging())
+                except RuntimeError as error:
+                    raise ServeError(f"no replica came up: {_cause()}") from error
                 yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            finally:
+            finally:  # of `serve.run` too: a replica answers a little before Serve says that it runs
                 _finish_answers(config.serve.drain_s)
         finally:
             with _uninterrupted():
@@ -149,6 +149,8 @@ def _finish_answers(timeout_s: float) -> None:
     """Return when the one replica is idle and gone. `serve.shutdown` would end the proxy first, and so cut streams."""
     with contextlib.suppress(KeyboardInterrupt):
         try:
+            if not _has_replica():
+                return
             if not _drained(AT_ONCE_S):
                 logger.info("answers under way are finished first, for up to %g s; Ctrl-C cuts them off", timeout_s)
                 if not _drained(timeout_s):
@@ -157,6 +159,12 @@ def _finish_answers(timeout_s: float) -> None:
             serve.delete(APPLICATION)  # waits until the last bytes of the last answer have left
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             logger.warning("the replica could not finish its answers: %s", str(error).splitlines()[0])
+
+
+def _has_replica() -> bool:
+    application = serve.status().applications.get(APPLICATION)
+    deployment = application.deployments.get(DEPLOYMENT) if application else None
+    return deployment is not None and any(state == "RUNNING" for state in deployment.replica_states)
 
 
 def _drained(timeout_s: float) -> bool:

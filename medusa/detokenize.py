@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
+
+from medusa.token_bytes import TokenBytes
 
 REPLACEMENT = "\ufffd"
 
@@ -11,13 +15,15 @@ REPLACEMENT = "\ufffd"
 class TextStream:
     """Text of a growing answer. A piece comes out only when later tokens cannot change it: characters split across
     tokens are held until whole, and text that may become a stop string until it has or cannot. The stop string that is
-    complete first wins, whatever the tokens it came in. Special tokens are not text.
+    complete first wins, whatever the tokens it came in. Special tokens are not text, nor are the bytes of a character
+    that the end of the answer cuts. U+FFFD is text where the answer says so: as that character, or by bytes that are none.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         if any(not text for text in stop):
             raise ValueError("a stop string is empty; give text or leave it out")
         self._tokenizer = tokenizer
+        self._bytes = TokenBytes(tokenizer)
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._anchor = 0
@@ -47,7 +53,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """No more tokens come: the rest of the text, an unfinished character as U+FFFD."""
+        """No more tokens come: the rest of the text, without a character that is not complete."""
         if not self.stopped:
             self._grow(final=True)
         piece = self._text[self._taken :]
@@ -57,13 +63,30 @@ class TextStream:
     def _grow(self, *, final: bool) -> None:
         """Decode from a token boundary where text was whole, so that cost does not grow with the answer."""
         before = self._decode(self._anchor, self._read)
-        after = self._decode(self._anchor, len(self._ids))
-        if after.endswith(REPLACEMENT) and not final:
+        new = self._decode(self._anchor, len(self._ids))[len(before) :]
+        whole = self._whole(new)
+        if whole != new and not final:
             return
         searched = len(self._text)
-        self._text += after[len(before) :]
+        self._text += whole
         self._anchor, self._read = self._read, len(self._ids)
         self._cut_at_stop(searched)
+
+    def _whole(self, text: str) -> str:
+        """The unread tokens' `text` without what stands at its end for bytes that later tokens may complete.
+
+        A tokenizer shows those as one U+FFFD or as several, and may take whole characters before them along. So as many
+        U+FFFD stay there as the bytes end in as characters.
+        """
+        if not text.endswith(REPLACEMENT):
+            return text
+        unread = (self._bytes.bytes_of(token) for token in self._ids[self._read :] if token not in self._special_ids)
+        written = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(unread))
+        return text.rstrip(REPLACEMENT) + REPLACEMENT * min(_replacements(written), _replacements(text))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return self._bytes.special_ids
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(
@@ -87,3 +110,8 @@ class TextStream:
             if any(stop.startswith(self._text[-size:]) for stop in self._stop):
                 return size
         return 0
+
+
+def _replacements(text: str) -> int:
+    """How many U+FFFD stand at the end."""
+    return len(text) - len(text.rstrip(REPLACEMENT))

@@ -49,6 +49,8 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self._timeout_s):
                 await _until_disconnect(self._send(send), receive)
+        except ClientDisconnect:
+            pass  # no fault, and nobody is left to be answered
         except TimeoutError:
             logger.warning("a client did not read its stream within %g s and is cut off", self._timeout_s)
         finally:

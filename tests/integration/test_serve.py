@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,17 +18,34 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 import medusa
+from deploy.metric_names import (
+    MODEL,
+    MODEL_LABEL,
+    NODES,
+    RUNNING,
+    SLOT_USE,
+    SLOTS,
+    STEP,
+    SUCCESS,
+    TOKENS,
+    TTFT,
+    WAITING,
+)
 from deploy.serve import serving
 from medusa import Model
 from medusa.checkpoint import save_checkpoint
 from pipelines.config import Config, load_config
 from pipelines.registry import CHAMPION, VERSION_FOLDER, open_registry
+from tests.local_cluster import wait_until
 from tests.tiny_models import save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT_S = 3  # between what Ray's processes tell its metrics port; ten seconds unless a test is to wait for it
 PROMPTS = ["Hello", "Why is the sky blue?", "Count to ten.", "Write a poem about a tree."]
 
 
@@ -67,8 +85,10 @@ def config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
 
 @pytest.fixture(scope="module")
 def url(config: Config) -> Iterator[str]:
-    with serving(config) as base:
-        yield base
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_metrics_report_interval_ms", str(REPORT_S * 1000))
+        with serving(config) as base:
+            yield base
 
 
 @pytest.fixture
@@ -136,6 +156,31 @@ def test_a_client_that_leaves_does_not_hold_its_slot(url: str, client: openai.Op
     assert client.chat.completions.create(**ask("Hello")).choices[0].message.content
 
 
+def on_rays_metrics_port() -> dict[str, float]:
+    """Sum of the series of each of our names, as a cluster's Prometheus scrapes them."""
+    (node,) = ray.nodes()
+    page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10).text
+    found: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.labels.get(MODEL_LABEL) == "llama":
+                found[sample.name] += sample.value
+    return found
+
+
+def test_rays_metrics_port_has_our_metrics_and_keeps_those_of_an_idle_replica(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**ask("Hello"))
+    assert answer.usage is not None
+    counted = {f"ray_{name}" for spec in (TOKENS, TTFT, STEP, SUCCESS) for name in spec.series}
+    gauges = {f"ray_{name}" for spec in (RUNNING, WAITING, SLOTS, SLOT_USE, NODES, MODEL) for name in spec.series}
+    wait_until(lambda: counted | gauges <= set(on_rays_metrics_port()), timeout_s=60, what="our names")
+    assert on_rays_metrics_port()["ray_medusa_generation_tokens_total"] >= answer.usage.completion_tokens
+    time.sleep(2.5 * REPORT_S)  # Ray itself forgets a gauge that was not set since its last report
+    idle = on_rays_metrics_port()
+    assert gauges <= set(idle)
+    assert (idle["ray_medusa_num_requests_running"], idle["ray_medusa_model_info"]) == (0, 1)
+
+
 @contextlib.contextmanager
 def serve_command(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """A tiny model with room for long answers, in a process group of its own, as a terminal starts it."""
@@ -191,7 +236,7 @@ def test_the_command_is_ready_when_health_says_so_and_finishes_its_answers(tmp_p
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
-            time.sleep(0.5)
+            time.sleep(0.05)  # Serve says only later that it runs; a Ctrl-C until then cuts nothing off either
         asked = {**ask("Hello"), "max_tokens": 2500, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
             lines = (line for line in response.iter_lines() if line)

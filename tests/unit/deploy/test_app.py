@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -12,6 +15,7 @@ import openai
 import pytest
 
 from deploy.app import create_app
+from deploy.request_log import access_logger
 from deploy.service import Service
 from medusa import Model
 from medusa.engine import Delta, Engine
@@ -196,8 +200,33 @@ def test_overload_is_a_429_with_retry_after(make_loop: Callable, serve_app: Call
     with make_loop(PacedEngine, max_waiting=-BATCH) as loop, serve_app(loop) as url:
         response = httpx.post(f"{url}/v1/chat/completions", json=ASK)
     assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
+    assert re.fullmatch(r"[1-9]\d*", response.headers["retry-after"])  # whole seconds, as any client reads it
     assert error_of(response)["type"] == "rate_limit_error"
+
+
+def test_openais_client_waits_as_long_as_a_429_says_and_is_answered(
+    make_loop: Callable, serve_app: Callable, expected: Any
+) -> None:
+    """The slots are taken by streams that are left as soon as the client was refused once."""
+    seen: list[tuple[float, httpx.Response]] = []
+    taken = {**ASK, "n": BATCH, "ignore_eos": True, "stream": True, "max_tokens": CONTEXT - 100}
+    with make_loop(PacedEngine, max_waiting=0) as loop, serve_app(loop) as url, ExitStack() as streams:
+        every_slot = streams.enter_context(httpx.stream("POST", f"{url}/v1/chat/completions", json=taken, timeout=60))
+
+        def see(response: httpx.Response) -> None:
+            seen.append((time.monotonic(), response))
+            streams.close()
+
+        watched = httpx.Client(event_hooks={"response": [see]})
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=20, http_client=watched) as client:
+            reading = events(every_slot)  # kept: when it is dropped, the connection is closed
+            next(reading)
+            answer = client.chat.completions.create(**ASK)
+    assert answer.choices[0].message.content == expected.text
+    assert [response.status_code for _, response in seen] == [429] * (len(seen) - 1) + [200]
+    assert len(seen) > 1
+    for (refused_at, refusal), (came_back_at, _) in pairwise(seen):
+        assert came_back_at - refused_at >= int(refusal.headers["retry-after"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -239,7 +268,10 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(make_loop: Callable, model:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(make_loop: Callable, serve_app: Callable, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_slot_and_is_no_fault_of_ours(
+    make_loop: Callable, serve_app: Callable, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger=access_logger.name)
     asked = {**ASK, "max_tokens": 200, "ignore_eos": True, "stream": stream}
     with make_loop(PacedEngine) as loop, serve_app(loop) as url:
         if stream:
@@ -250,3 +282,5 @@ def test_a_client_that_leaves_frees_its_slot(make_loop: Callable, serve_app: Cal
                 httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=httpx.Timeout(10, read=0.3))
         # The answer itself would take seconds.
         wait_until(lambda: loop.num_in_flight == 0, timeout_s=1)
+        wait_until(lambda: "/v1/chat/completions" in caplog.text)  # the access log's line is the last of a request
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

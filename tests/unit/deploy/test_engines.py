@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,8 @@ from deploy.engines import EngineMaker
 from medusa import Model, SamplingParams
 from medusa.checkpoint import Checkpoint
 from medusa.engine import Engine, Request
+from medusa.errors import PromptError
+from medusa.grammar import Grammar, GrammarVocabulary
 from medusa.tree_policy import StepCosts
 from pipelines.config import ServeSection
 
@@ -116,3 +120,34 @@ def test_graphs_are_replayed_unless_switched_off(measured: Model, monkeypatch: p
     for changed in (settings, settings.model_copy(update={"cuda_graphs": False})):
         EngineMaker(measured, changed)()
     assert asked == [True, False]
+
+
+GRAMMAR = Grammar.json_schema({"enum": ["good", "bad"]})
+
+
+def with_grammar(model: Model) -> Request:
+    return Request(prompt_ids=model.encode("Hello"), params=SamplingParams(max_tokens=20, grammar=GRAMMAR))
+
+
+def test_no_request_waits_for_the_vocabulary_that_grammars_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Model(replace(model.backbone), None)
+    engine = EngineMaker(fresh, SETTINGS)()
+    monkeypatch.setattr(GrammarVocabulary, "of", None)  # whoever would make it now fails
+    (answer,) = engine.run([with_grammar(fresh)])
+    assert json.loads(fresh.backbone.tokenizer.decode(answer.token_ids, skip_special_tokens=True)) in ("good", "bad")
+
+
+def test_a_tokenizer_that_grammars_cannot_read_serves_all_else(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    class Slow:
+        """Not one of the tokenizers that llguidance can read."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.backbone.tokenizer, name)
+
+    unreadable = Model(replace(model.backbone, tokenizer=Slow()), None)
+    engine = EngineMaker(unreadable, SETTINGS)()
+    assert "no answer can be held to a grammar: grammars cannot read this backbone's tokenizer" in caplog.text
+    with pytest.raises(PromptError, match="grammars cannot read"):
+        engine.submit(with_grammar(unreadable))
+    request = Request(prompt_ids=model.encode("Hello"), params=SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(next(engine.run([request])).token_ids) == 4

@@ -206,7 +206,7 @@ def test_rays_outlet_records_elsewhere_and_survives_a_failure(monkeypatch: pytes
                 raise ValueError(value)
             made.append(value)
 
-    outlet = RayOutlet()
+    outlet = RayOutlet(repeat_s=3600)
     monkeypatch.setattr(outlet, "_metric", lambda spec, labels: Gauge())
     record = outlet.recorder(metric_names.RUNNING, {"model_name": "tiny"})
     for value in (1.0, -1.0, 2.0):
@@ -215,6 +215,32 @@ def test_rays_outlet_records_elsewhere_and_survives_a_failure(monkeypatch: pytes
     while made != [1.0, 2.0] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert made == [1.0, 2.0]
+
+
+def test_rays_outlet_says_again_what_gauges_are_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, float]] = []
+
+    class Metric:
+        def set_default_tags(self, tags: dict[str, str]) -> Metric:
+            self.series = "/".join(tags.values())
+            return self
+
+        def record(self, value: float) -> None:
+            made.append((self.series, value))
+
+        set = inc = observe = record
+
+    outlet = RayOutlet(repeat_s=0.01)
+    monkeypatch.setattr(outlet, "_metric", lambda spec, labels: Metric())
+    outlet.recorder(metric_names.TOKENS, {"model_name": "tokens"})(5)
+    outlet.recorder(metric_names.TTFT, {"model_name": "ttft"})(5)
+    running = [outlet.recorder(metric_names.RUNNING, {"model_name": name}) for name in ("a", "b")]
+    for value in (1, 2):
+        for record in running:
+            record(value)
+    wait_until(lambda: made.count(("a", 2)) > 3 and made.count(("b", 2)) > 3)
+    assert made.count(("tokens", 5)) == made.count(("ttft", 5)) == 1
+    assert made.index(("a", 2)) > max(index for index, each in enumerate(made) if each == ("a", 1))
 
 
 def ask(url: str, *, timeout_s: float = 30, **fields: Any) -> httpx.Response:

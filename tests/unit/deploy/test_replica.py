@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import medusa
 from deploy.app import create_app
-from deploy.replica import ModelHost, successor
+from deploy.heads import successor
+from deploy.replica import ModelHost
 from deploy.service import Service
 from medusa import Model
 from medusa.adapters import Adapters
@@ -23,7 +27,7 @@ from medusa.checkpoint import WEIGHTS, save_checkpoint
 from medusa.errors import CheckpointError
 from pipelines.config import Config, ServeSection, load_config
 from pipelines.errors import ConfigError
-from pipelines.registry import CHAMPION, VERSION_FOLDER, Version, open_registry
+from pipelines.registry import VERSION_FOLDER, Registry, Version, open_registry
 from tests.unit.deploy.conftest import http_server, wait_until
 from tests.unit.medusa.tiny import random_heads
 
@@ -77,11 +81,60 @@ def _app(service: Service, settings: ServeSection) -> Any:
     return create_app(service, settings)
 
 
+@dataclass
+class Champions:
+    """A registry whose champions a test crowns, and where their files lie."""
+
+    registry: Registry
+    root: Path
+
+    def add(self, folder: Path) -> int:
+        run = self.registry.run_for("test", {})
+        source = self.registry.log_folder(run, folder, f"{VERSION_FOLDER}-{folder.name}")
+        return self.registry.add_version(run, source, {}).number
+
+    def crown(self, folder: Path) -> int:
+        number = self.add(folder)
+        with self.registry.lock(10) as lease:
+            self.registry.crown([*self.registry.champions(), number], lease)
+        return number
+
+
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes seconds to make one."""
+    config = load_config(None, [f"workdir={tmp_path_factory.mktemp('registry')}", "registry.experiment=another"])
+    open_registry(config)
+    return config.layout.tracking_db
+
+
+@pytest.fixture
+def champions(config: Config, new_database: Path) -> Champions:
+    shutil.copy(new_database, config.layout.tracking_db)
+    return Champions(open_registry(config), config.layout.artifacts)
+
+
+def damaged(folder: Path) -> Path:
+    """A copy of a folder of heads, its weights cut off."""
+    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-damaged"), dirs_exist_ok=True)
+    (copy / WEIGHTS).write_bytes(b"nothing")
+    return copy
+
+
+@contextmanager
+def started(config: Config) -> Iterator[ModelHost]:
+    """A new replica's host."""
+    host = ModelHost(config, _app)
+    try:
+        yield host
+    finally:
+        host.stop()
+
+
 @pytest.fixture
 def host(config: Config) -> Iterator[ModelHost]:
-    host = ModelHost(config, _app)
-    yield host
-    host.stop()
+    with started(config) as host:
+        yield host
 
 
 @pytest.fixture
@@ -204,26 +257,91 @@ def test_reconfigure_changes_limits_without_touching_the_engine(host: ModelHost,
 
 
 def test_reconfigure_follows_another_alias_at_once(
-    host: ModelHost, config: Config, url: str, save_heads: Callable[..., Path], tmp_path: Path
+    host: ModelHost, champions: Champions, url: str, save_heads: Callable[..., Path], tmp_path: Path
 ) -> None:
-    registry = open_registry(config)
-    run = registry.run_for("test", {})
-    for number, alias in ((1, CHAMPION), (2, "canary")):
-        folder = save_heads(tmp_path / f"heads{number}", seed=number)
-        made = registry.add_version(run, registry.log_folder(run, folder, f"{VERSION_FOLDER}{number}"), {})
-        registry.set_alias(alias, made.number)
+    champions.crown(save_heads(tmp_path / "heads1", seed=1))
+    canary = champions.add(save_heads(tmp_path / "heads2", seed=2))
+    champions.registry.set_alias("canary", canary)
     host.reconfigure({"alias": "canary"})
     assert ask(url)["system_fingerprint"].endswith("_canary-v2")
-    (tmp_path / "damaged").mkdir()
-    for file in (tmp_path / "heads2").iterdir():
-        (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes() if file.name != WEIGHTS else b"nothing")
-    damaged = registry.add_version(run, registry.log_folder(run, tmp_path / "damaged", "damaged"), {})
-    registry.set_alias("canary", damaged.number)
+    champions.registry.set_alias("canary", champions.add(damaged(tmp_path / "heads2")))
     host._follower.look()
     health = httpx.get(f"{url}/health").json()
     assert health["version"] == "canary-v2"
     assert "version 3 cannot be served" in health["champion_error"]
     assert ask(url)["system_fingerprint"].endswith("_canary-v2")
+
+
+def test_a_new_replica_serves_the_champion_before_a_damaged_one_and_follows(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Back along the tag of champions to the first that loads: not the one before, which is damaged as well."""
+    heads = save_heads(tmp_path / "good", seed=1)
+    good = champions.crown(heads)
+    for _ in range(2):
+        bad = champions.crown(damaged(heads))
+    with started(config) as host:
+        assert host.version == f"champion-v{good}"
+        assert host._model.heads is not None
+        assert f"version {bad} cannot be served" in host.status()["champion_error"]
+        with http_server(host.app) as url:
+            assert httpx.get(f"{url}/health").json()["champion_error"] == host.status()["champion_error"]
+            assert ask(url)["system_fingerprint"].endswith(f"_champion-v{good}")
+        newest = champions.crown(save_heads(tmp_path / "newest", seed=2))
+        host._follower.look()
+        assert host.status() == {"version": f"champion-v{newest}"}
+
+
+def test_without_a_registry_the_default_heads_are_served(
+    config: Config, save_heads: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.heads.pretrained_heads", lambda name: save_heads(tmp_path / "default"))
+    with started(config) as host:
+        assert host.status() == {"version": "default"}
+        assert host._model.heads is not None
+
+
+def test_a_new_replica_whose_only_champion_is_damaged_serves_the_default_heads(
+    config: Config,
+    champions: Champions,
+    save_heads: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = save_heads(tmp_path / "default")
+    champions.crown(damaged(heads))
+    with started(config) as host:  # no heads come with this backbone
+        assert host.version == "plain"
+    monkeypatch.setattr("deploy.heads.pretrained_heads", lambda name: heads)
+    with started(config) as host:
+        assert host.version == "default"
+        assert host._model.heads is not None
+        assert "version 1 cannot be served" in host.status()["champion_error"]
+
+
+def test_a_champion_whose_files_are_away_is_served_when_they_are_back(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = (champions.crown(save_heads(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b")))
+    (stored,) = champions.root.rglob(f"{VERSION_FOLDER}-b")
+    away = stored.rename(tmp_path / "away")
+    with started(config) as host:
+        assert host.version == f"champion-v{first}"
+        assert f"version {second} cannot be fetched" in host.status()["champion_error"]
+        away.rename(stored)
+        host._follower.look()
+        assert host.status() == {"version": f"champion-v{second}"}
+
+
+def test_only_champions_have_champions_before_them(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    heads = save_heads(tmp_path / "good")
+    champions.crown(heads)
+    champions.registry.set_alias("canary", champions.add(damaged(heads)))
+    section = config.serve.model_copy(update={"alias": "canary"})
+    with started(config.model_copy(update={"serve": section})) as host:
+        assert host.version == "plain"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,34 @@ def test_characters_split_across_tokens_leave_whole(
     assert text_of(whole["choices"][0]) == expected
 
 
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(("written", "shown"), [("é😀".encode()[:-1], "é"), ("é\ufffd".encode(), "é\ufffd")])
+def test_a_cut_leaves_no_part_of_a_character_and_keeps_what_was_written(
+    model: Model, serve_app: Callable, path: str, written: bytes, shown: str
+) -> None:
+    tokens = TokenTexts(model.backbone.tokenizer)
+    id_of = {tokens.bytes_of(token): token for token in range(model.backbone.vocab_size)}
+    loop = ScriptedLoop(model.backbone.tokenizer, [id_of[bytes([byte])] for byte in written])
+    with serve_app(loop) as url:
+        response = httpx.post(f"{url}{path}", json={**ROUTES[path], "stream": True})
+        whole = httpx.post(f"{url}{path}", json=ROUTES[path]).json()
+    assert "".join(text_of(chunk["choices"][0]) for chunk in chunks_of(response)[:-1]) == shown
+    assert text_of(whole["choices"][0]) == shown
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engines_answer_that_is_cut_inside_a_character_is_empty(
+    url: str, token_ids: list[int], stream: bool
+) -> None:
+    """No script: the bias makes the model begin an emoji, for which one token is no room."""
+    first_byte = token_ids[ANSWER.encode().index("😀".encode())]
+    ask = {**CHAT, "max_tokens": 1, "logit_bias": {first_byte: 100}, "stream": stream}
+    response = httpx.post(f"{url}/v1/chat/completions", json=ask)
+    answers = [chunk["choices"][0] for chunk in chunks_of(response)] if stream else response.json()["choices"]
+    assert "".join(answer.get("delta", answer.get("message")).get("content", "") for answer in answers) == ""
+    assert answers[-1]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_a_chat(
     loop: ScriptedLoop, serve_app: Callable, model: Model, token_ids: list[int], stream: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -17,12 +17,14 @@ TOKENIZER: Any = make_tiny_tokenizer()
 TOKENS = TokenTexts(TOKENIZER)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_bytes_of_tokens_are_the_texts(text: str) -> None:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     assert b"".join(map(TOKENS.bytes_of, ids)) == text.encode()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_offsets_lie_where_characters_begin(text: str) -> None:
     """Against the oracle: how much whole text the tokens before give."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from medusa.detokenize import TextStream
-from tests.tiny_models import EOS_ID, make_tiny_tokenizer
+from medusa.token_bytes import TokenBytes
+from tests.tiny_models import EOS, EOS_ID, make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()
 
 
 def ids_of(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+BYTE_IDS = {TokenBytes(TOKENIZER).bytes_of(token): token for token in range(len(TOKENIZER))}
+
+
+def id_of_byte(byte: int) -> int:
+    return BYTE_IDS[bytes([byte])]
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,11 +72,48 @@ def test_a_character_split_across_tokens_waits_until_it_is_whole() -> None:
     assert stream.take() == "🙂"
 
 
-def test_an_answer_cut_inside_a_character_ends_in_a_replacement() -> None:
-    stream = TextStream(TOKENIZER)
-    for token in ids_of("a🙂")[:-1]:
+def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token showed, and the end; their sum is the whole text."""
+    stream, pieces = TextStream(tokenizer), []
+    for token in ids:
         stream.push(token)
-    assert stream.take() == "a" and stream.finish() == "\ufffd"
+        pieces.append(stream.take())
+    pieces.append(stream.finish())
+    assert "".join(pieces) == stream.text
+    assert stream.finish() == "" and stream.text == "".join(pieces)  # the end may be told twice
+    return pieces
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xEF, 0xBF, 0xBD, 0xC3, 0x61]) | st.just(EOS), max_size=20))
+def test_any_bytes_give_what_a_decoder_of_utf8_gives_that_waits_for_more(answer: list[int | str]) -> None:
+    """Bytes that are no UTF-8 are U+FFFD wherever they stand; those of a character that is not complete are nothing."""
+    written = bytes(byte for byte in answer if isinstance(byte, int))
+    ids = [EOS_ID if byte == EOS else id_of_byte(byte) for byte in answer]
+    assert "".join(pieces_of(TOKENIZER, ids)) == getincrementaldecoder("utf-8")("replace").decode(written)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Any:
+    """Bytes as tokens <0xNN>: of a run that is no UTF-8 this tokenizer shows every byte as U+FFFD, whole characters too."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.WordLevel({name: byte for byte, name in enumerate([*names, "▁sky", "\ufffd"])}))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(alphabet="aé你🙂\ufffd", max_size=8), cut=st.integers(0, 3))
+def test_a_cut_inside_a_character_leaves_the_characters_before_it(sentencepiece: Any, text: str, cut: int) -> None:
+    written = text.encode()[: -cut or None]
+    for tokenizer, ids in ((sentencepiece, list(written)), (TOKENIZER, [id_of_byte(byte) for byte in written])):
+        assert "".join(pieces_of(tokenizer, ids)) == written.decode(errors="ignore")
+
+
+def test_a_replacement_that_was_written_is_shown_at_once(sentencepiece: Any) -> None:
+    sky, replacement, half = 256, 257, 0xE5
+    assert pieces_of(sentencepiece, [sky, replacement, replacement, half]) == [" sky", "\ufffd", "\ufffd", "", ""]
+    assert pieces_of(sentencepiece, [*"\ufffd".encode(), half]) == ["", "", "\ufffd", "", ""]
 
 
 def test_special_tokens_are_no_text() -> None:

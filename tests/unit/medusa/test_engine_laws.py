@@ -110,7 +110,12 @@ events = st.lists(
 
 
 @settings(max_examples=25, deadline=None)
-@given(events=events, batch=st.integers(1, 4), prefixes=st.sampled_from([0, 2 * BLOCK, 1000]), shrinks=st.booleans())
+@given(
+    events=events,
+    batch=st.sampled_from([1, 2, 3, 6]),
+    prefixes=st.sampled_from([0, 2 * BLOCK, 1000]),
+    shrinks=st.booleans(),
+)
 def test_the_engine_behaves_as_its_model_says(events: list[tuple], batch: int, prefixes: int, shrinks: bool) -> None:
     """The model: a list of requests in order of arrival, the tokens each got, and who may still get some."""
     made = engine(batch=batch, prefill_tokens=CHUNK, prefix_cache_tokens=prefixes, policy=moody() if shrinks else None)
@@ -201,6 +206,22 @@ def test_a_long_prompt_stalls_nobody() -> None:
     phases = [r.phase for r in records]
     assert ("prefill", "prefill") not in itertools.pairwise(phases[1:]), "one chunk between two decode steps"
     assert len(got["running"]) == phases.count("decode") == 9
+
+
+def test_a_half_read_prompt_in_an_idle_row_is_not_disturbed() -> None:
+    """Five sequences are decoded as six rows: the sixth slot is that of the prompt being read, between its chunks."""
+    made = engine(batch=6, prefill_tokens=CHUNK, tree=TREE)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    for i in range(5):
+        made.submit(request(str(i), 4, i, params))
+    while made.num_waiting:
+        made.step()
+    made.submit(request("half", 60, 5, params))
+    done = {}
+    while made.has_work:
+        done |= {d.request_id: d.completion for d in step(made) if d.completion}
+    assert done["half"].token_ids == alone(60, 5, params).token_ids
+    assert all(done[str(i)].token_ids == alone(4, i, params).token_ids for i in range(5))
 
 
 def test_the_first_tokens_of_a_chunk_leave_at_once_and_short_prompts_share_one() -> None:

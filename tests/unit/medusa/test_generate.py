@@ -176,3 +176,13 @@ def test_a_tree_without_heads_is_refused(plain: medusa.Model) -> None:
 def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path) -> None:
     with pytest.raises(medusa.CheckpointError, match="no heads come with this package"):
         medusa.load(tiny_folder)
+
+
+def test_an_answer_cut_inside_a_character_has_no_part_of_it(model: medusa.Model) -> None:
+    """The first of the four bytes of an emoji is all that there is room for."""
+    first_byte = model.backbone.tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
+    settings = dict(max_tokens=1, logit_bias={first_byte: 100.0})
+    *_, last = model.stream("hello", **settings)
+    for answer in (last.generation, model.generate("hello", **settings)):
+        assert (answer.text, answer.token_ids, answer.finish_reason) == ("", [first_byte], "length")
+    assert last == ""
