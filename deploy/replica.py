@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MakeApp = Callable[[Service, ServeSection], ASGIApp]
 _OF_THE_PROXY = ("host", "port")
-_OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "tree", "adaptive_tree")
+_OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "tree", "adaptive_tree", "cuda_graphs")
 
 
 class ModelHost:
