@@ -92,7 +92,7 @@ def test_an_answer_streams_in_steps_and_is_the_models(page: Page, serve: Callabl
         page.wait(IDLE)
     expected = model.generate([{"role": "user", "content": QUESTION}], max_tokens=24)
     assert texts(page, ".text") == [expected.text]
-    assert 1 < len(texts(page, ".step")) <= len(expected.stats.tokens_per_step)
+    assert 1 < len(texts(page, ".text .step")) <= len(expected.stats.tokens_per_step)
     assert (
         f"{len(expected.token_ids)} tokens in {len(expected.stats.tokens_per_step)} steps" in texts(page, ".footer")[0]
     )
@@ -126,7 +126,7 @@ def test_escape_stops_and_frees_the_slot_and_the_chat_goes_on(page: Page, serve:
         open_page(page, url)
         choose(page, scheme="rejection", max_tokens=180, temperature=1.5)
         ask(page)
-        page.wait("document.querySelectorAll('.step').length > 2")
+        page.wait("document.querySelectorAll('.text .step').length > 2")
         page.press("Escape")
         page.wait(IDLE)
         assert "Stopped" in texts(page, ".footer")[0]
