@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch, transformers, ray or mlflow are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,10 @@ import pytest
 import torch
 
 from tests.tiny_models import save_tiny_folder
+
+# A run that a shell began in the background ignores Ctrl-C, and whatever it starts would too: tests send it on purpose.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
