@@ -51,7 +51,7 @@ def _load(compiler: str, path: Path) -> ctypes.CDLL:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, path)
-        except PermissionError:
+        except OSError:  # closed to this user, read-only, full
             with tempfile.TemporaryDirectory() as mine:
                 _compile(compiler, Path(mine) / path.name)
                 return ctypes.CDLL(str(Path(mine) / path.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,9 +198,12 @@ def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernels
-def test_a_cache_folder_that_cannot_be_written_costs_only_time(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [PermissionError("closed"), OSError(errno.EROFS, "read-only file system")])
+def test_a_cache_folder_that_cannot_be_written_costs_only_time(
+    fresh: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def closed(*_: object, **__: object) -> None:
-        raise PermissionError("read-only")
+        raise error
 
     monkeypatch.setattr(Path, "mkdir", closed)
     assert build.library() is not None
