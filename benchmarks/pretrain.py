@@ -43,7 +43,7 @@ CHUNK = 1280
 HELD_OUT_PERCENT = 4
 MAX_HELD_OUT = 3000
 # Reasoning problems are many and alike; open-ended prompts are few and what people ask.
-SOURCE_WEIGHT = {"gsm8k": 0.5, "self-prompted": 2.0, "arena-hard": 2.0, "ultrachat": 2.0}
+SOURCE_WEIGHT = {"gsm8k": 0.5, "self-prompted": 2.0, "arena-hard": 2.0, "ultrachat-eval": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
     if file is None:
         return positions_of(rows, backbone, num_heads)
     answers = [[row["id"], row["response_ids"]] for row in rows]
-    told = json.dumps([list(Positions.__annotations__), backbone.fingerprint, num_heads, answers])
+    made_by = [backbone.fingerprint, str(backbone.dtype), num_heads]
+    told = json.dumps([list(Positions.__annotations__), *made_by, answers])
     digest = hashlib.sha256(told.encode()).hexdigest()
     if not file.exists():
         made = positions_of(rows, backbone, num_heads)
@@ -95,7 +96,7 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
         return made
     kept = torch.load(file)
     if kept.pop("digest") != digest:
-        raise ValueError(f"{file} holds the positions of other rows, backbone, version or number of heads; remove it")
+        raise ValueError(f"{file} holds the positions of other rows, backbone, dtype, version or number of heads; remove it")
     return Positions(**kept)
 
 
@@ -103,7 +104,7 @@ class SampledSoftmax:
     """Loss and gradient of features against an lm_head [V,D] over a sampled vocabulary."""
 
     def __init__(self, lm_head: Tensor, targets: Tensor) -> None:
-        """`targets` of the whole data set say which tokens are frequent."""
+        """`targets` of the whole data set say which tokens are frequent. Products are in `lm_head`'s dtype."""
         counts = torch.bincount(targets[targets != IGNORE], minlength=len(lm_head))
         order = counts.argsort(descending=True)
         self.lm_head = lm_head
@@ -131,14 +132,16 @@ class SampledSoftmax:
         losses, gradient = torch.empty(len(features)), torch.empty_like(features)
         for start in range(0, len(features), CHUNK):
             rows = slice(start, start + CHUNK)
-            x, index = features[rows], column[rows, None]
-            logits = torch.cat([x @ self.frequent_weight.t(), x @ side_weight.t() + correction], dim=1)
+            x, index = features[rows].to(self.lm_head.dtype), column[rows, None]
+            logits = torch.cat([x @ self.frequent_weight.t(), x @ side_weight.t()], dim=1).float()
+            logits[:, len(self.frequent) :] += correction
             log_z = torch.logsumexp(logits, dim=1)
             losses[rows] = log_z - logits.gather(1, index)[:, 0]
             p = logits.sub_(log_z[:, None]).exp_()
             p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-            p.mul_((row_weight[rows] * real[rows])[:, None])
-            gradient[rows] = p[:, :FREQUENT] @ self.frequent_weight + p[:, FREQUENT:] @ side_weight
+            p = p.mul_((row_weight[rows] * real[rows])[:, None]).to(self.lm_head.dtype)
+            frequent, side_share = p.tensor_split([len(self.frequent)], dim=1)
+            gradient[rows] = (frequent @ self.frequent_weight).float() + side_share @ side_weight
         return losses * real, gradient
 
 
@@ -156,6 +159,21 @@ def held_out(heads: MedusaHeads, backbone: Backbone, positions: Positions) -> Hi
         )
         total = total + count_hits(guesses, positions.targets[part])
     return total
+
+
+def read_answers(files: list[Path]) -> list[dict]:
+    """The rows of Parquet files and of folders of them, of more than one answer token, in the files' order."""
+    columns = ["id", "source", "prompt_ids", "response_ids"]
+    rows = [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+    return [row for row in rows if row["response_ids"] and len(row["response_ids"]) > 1]
+
+
+def digest_of(rows: list[dict]) -> str:
+    """Of what was learned from, whatever the files."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["id"], row["prompt_ids"], row["response_ids"]]).encode())
+    return digest.hexdigest()[:16]
 
 
 def batches(positions: Positions, size: int) -> Iterator[Tensor]:
@@ -179,7 +197,7 @@ def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> Med
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Parquet of answers: id, source, prompt_ids, response_ids")],
+    data: Annotated[list[Path], typer.Option(help="Parquet of id, source, prompt_ids, response_ids; repeat it")],
     out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
     steps: Annotated[int, typer.Option()] = 4400,
     batch: Annotated[int, typer.Option(help="positions of a step")] = 512,
@@ -192,6 +210,7 @@ def main(
     source: Annotated[list[str] | None, typer.Option(help="sources of rows to use (default: all)")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to use (default: all)")] = None,
     positions: Annotated[Path | None, typer.Option(help="folder that keeps hidden states from run to run")] = None,
+    dtype: Annotated[str, typer.Option(help="of hidden states and products; the heads' weights are float32")] = "float32",
     threads: Annotated[int, typer.Option(help="torch threads; 0: as torch chooses")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -203,12 +222,12 @@ def main(
     shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, kind=kind)  # type: ignore[arg-type]
     heads = first_heads(backbone, shape, start_from)
     num_heads = heads.num_heads
-    rows = pq.read_table(data, columns=["id", "source", "prompt_ids", "response_ids"]).to_pylist()
-    rows = [row for row in rows if len(row["response_ids"]) > 1 and (not source or row["source"] in source)][:limit]
+    reader = backbone if dtype == "float32" else load_backbone(DEFAULT_BACKBONE, dtype=dtype, fused=False)
+    rows = [row for row in read_answers(data) if not source or row["source"] in source][:limit]
     learn, held = [row for row in rows if not is_held_out(row["id"])], [row for row in rows if is_held_out(row["id"])]
-    train = kept_positions(positions and positions / "train.pt", learn, backbone, num_heads)
-    test = kept_positions(positions and positions / "held-out.pt", held or rows[:1], backbone, num_heads)
-    lm_head = backbone.lm_head_weight.detach()
+    train = kept_positions(positions and positions / "train.pt", learn, reader, num_heads)
+    test = kept_positions(positions and positions / "held-out.pt", held or rows[:1], reader, num_heads)
+    lm_head = reader.lm_head_weight.detach()
     softmax = SampledSoftmax(lm_head, train.targets)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
     decay = torch.tensor([HEAD_DECAY**k for k in range(1, num_heads + 1)]).repeat(batch)
@@ -216,7 +235,8 @@ def main(
     for step, chosen in zip(range(steps), batches(train, batch), strict=False):
         targets = train.targets[chosen].flatten()
         path = heads.path_embeddings(train.path[chosen], backbone.embed)
-        features = heads.features(train.hidden[chosen].float(), path=path)
+        with torch.autocast("cpu", torch.bfloat16, enabled=reader.dtype == torch.bfloat16):
+            features = heads.features(train.hidden[chosen].float(), path=path).float()
         losses, gradient = softmax.gradient(features.detach().flatten(0, 1), targets, decay / batch)
         share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = lr * share
@@ -232,7 +252,6 @@ def main(
             )
     accuracy = held_out(heads, backbone, test).accuracy
     paths = grow_paths(accuracy, 64)
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()[:16]
     save_checkpoint(
         out,
         heads,
@@ -243,11 +262,12 @@ def main(
         accuracy=accuracy,
         card={
             "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, MEDUSA-1, backbone frozen.",
-            "Data": {"answers": len(rows), "positions": len(train.hidden), "file digest": digest},
+            "Data": {"answers": len(rows), "positions": len(train.hidden), "digest": digest_of(rows)},
             "Settings": {
                 "steps": steps,
                 "positions a step": batch,
                 "learning rate": lr,
+                "dtype of products": dtype,
                 "seed": seed,
                 "from": start_from,
             },

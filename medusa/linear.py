@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medusa.native.build import library
-from medusa.native.linear import PackedWeight
+from medusa.native.linear import PackedWeight, has_tiles
 
 Linear = Callable[[Tensor], Tensor]
 TYPICAL_ROWS = 16  # what oneDNN lays a weight out for: a step's nodes
@@ -28,7 +28,7 @@ class Kernel(Enum):
 
     PLAIN = "plain"  # PyTorch's own; activations in the weight's type
     ONEDNN = "onednn"  # bf16 weights in oneDNN's own layout, on CPUs with bf16 arithmetic; bf16 activations
-    NATIVE = "native"  # bf16 weights widened in registers by our own kernels; float32 activations and arithmetic
+    NATIVE = "native"  # our own kernels: bf16 weights; float32 activations, rounded to bf16 where the CPU has AMX
     NATIVE_INT8 = "native int8"  # the same, of weights rounded to int8
     FBGEMM = "fbgemm"  # weights as packed fp16, float32 activations and arithmetic: for CPUs that emulate the type
 
@@ -55,10 +55,14 @@ def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return Kernel.PLAIN
     has = torch.cpu.get_capabilities()
-    if dtype == torch.bfloat16 and (has.get("avx512_bf16") or has.get("amx_tile")) and torch.backends.mkldnn.enabled:
-        return Kernel.ONEDNN
-    if dtype == torch.bfloat16 and library() is not None:
-        return Kernel.NATIVE
+    if dtype == torch.bfloat16:
+        compiled = library() is not None
+        if compiled and has_tiles():
+            return Kernel.NATIVE
+        if (has.get("avx512_bf16") or has.get("amx_tile")) and torch.backends.mkldnn.enabled:
+            return Kernel.ONEDNN
+        if compiled:
+            return Kernel.NATIVE
     if has.get("avx2") and "fbgemm" in torch.backends.quantized.supported_engines:
         return Kernel.FBGEMM
     return Kernel.PLAIN

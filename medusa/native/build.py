@@ -41,7 +41,8 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("the CPU kernels cannot be compiled, so decoding is slower: %s", reason.strip()[:500])
         return None
-    loaded.medusa_lanes.restype = loaded.medusa_work_floats.restype = ctypes.c_int64
+    for name in ("medusa_lanes", "medusa_tiles", "medusa_work_floats"):
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
 

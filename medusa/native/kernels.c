@@ -2,9 +2,10 @@
 
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
-   Weights keep their own type and are widened in registers; all arithmetic is float32. What a row gets does not depend on
-   the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So a tree of any
-   shape and a batch of any size give, bit for bit, what plain decoding of the sequence alone gives.
+   Weights keep their own type and are widened in registers; all arithmetic is float32. Where the processor multiplies
+   tiles of bfloat16 (AMX), the inputs of products are rounded to bfloat16 and their sums are float32. What a row gets does
+   not depend on the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So
+   a tree of any shape and a batch of any size give, bit for bit, what plain decoding of the sequence alone gives.
 
    Plain C with GCC's vector types; compiled for the machine at hand by medusa/native/build.py. */
 
@@ -13,6 +14,11 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #ifndef LANES
@@ -24,8 +30,17 @@
 #endif
 #define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
 #define TILE 6    /* rows that share one pass over a panel */
+#define SIDE 16   /* rows and columns of a tile of AMX */
+#define DEEP 32   /* inputs that one product of tiles takes */
+#define LINE 64   /* bytes of a cache line */
 #define QUERIES 4 /* queries that share one pass over keys and values */
+#define ROOM (2 * SIDE * PANEL) /* floats that hold the outputs of a block */
 #define INLINE static inline __attribute__((always_inline))
+
+_Static_assert(SIDE >= TILE, "ROOM holds TILE rows of two panels");
+#ifdef __AMX_BF16__
+_Static_assert(PANEL == 2 * SIDE, "a panel is two tiles wide");
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -35,13 +50,15 @@ typedef float AnyFloats __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef float AnyFour __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, BFLOAT16, INT8, TILES };
 #define WORD(type) (1 << (type)) /* weights in a word */
 
 /* In words of 32 bits, lane j of a panel holds
      FLOAT32   [inputs][2]: output j, output j + LANES
      BFLOAT16  [inputs]: both, the first in the low half
-     INT8      [inputs / 2]: both of one input in the low half, both of the next in the high half */
+     INT8      [inputs / 2]: both of one input in the low half, both of the next in the high half
+   TILES, bfloat16 for AMX, has panels of 2 SIDE outputs, [inputs / DEEP][2][DEEP / 2][SIDE]: two inputs of an output in a
+   word, inputs padded with zeros. */
 typedef struct {
     const uint32_t *panels;
     const float *scales; /* INT8: one for each output, padded like the panels */
@@ -182,6 +199,85 @@ INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const 
     }
 }
 
+INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+#ifdef __AMX_BF16__
+
+/* All eight tiles 16 rows of 64 bytes. Constant, since GCC does not see that loading it reads all of it. */
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} SHAPE __attribute__((aligned(LINE))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+static void tiles_on(void) { _tile_loadconfig(&SHAPE); }
+static void tiles_off(void) { _tile_release(); }
+
+/* x [rows][inputs] to bfloat16 [rows][inputs, padded]; this thread's share of the rows. */
+static void narrow(const float *x, int64_t rows, int64_t inputs, uint16_t *y, int64_t thread, int64_t threads)
+{
+    const int64_t width = upward(inputs, DEEP);
+    int64_t row, last;
+    share(rows, thread, threads, &row, &last);
+    for (; row < last; row++)
+        for (int64_t i = 0; i < width; i += SIDE) {
+            const int64_t left = inputs - i;
+            const __mmask16 real = left >= SIDE ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
+            const __m256bh low = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, x + row * inputs + i));
+            _mm256_storeu_si256((__m256i *)(y + row * width + i), (__m256i)low);
+        }
+}
+
+/* Rows of x [.][inputs, padded] times a panel, into out [SIDE or 2 SIDE][2 SIDE]. The rows of x fill whole tiles. */
+static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t rows, float *out)
+{
+    const int64_t width = upward(w->inputs, DEEP), stride = width * 2;
+    const uint32_t *at = w->panels + panel * width * SIDE;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows > SIDE) {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < width; k += DEEP, at += SIDE * DEEP) {
+            _tile_loadd(4, x + k, stride);
+            _tile_loadd(5, x + SIDE * width + k, stride);
+            _tile_loadd(6, at, SIDE * 4);
+            _tile_loadd(7, at + SIDE * SIDE, SIDE * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, out + SIDE * 2 * SIDE, 2 * SIDE * 4);
+        _tile_stored(3, out + SIDE * 2 * SIDE + SIDE, 2 * SIDE * 4);
+    } else {
+        for (int64_t k = 0; k < width; k += DEEP, at += SIDE * DEEP) {
+            _tile_loadd(4, x + k, stride);
+            _tile_loadd(6, at, SIDE * 4);
+            _tile_loadd(7, at + SIDE * SIDE, SIDE * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    }
+    _tile_stored(0, out, 2 * SIDE * 4);
+    _tile_stored(1, out + SIDE, 2 * SIDE * 4);
+}
+
+#else
+
+static void tiles_on(void) {}
+static void tiles_off(void) {}
+static void narrow(const float *x, int64_t rows, int64_t inputs, uint16_t *y, int64_t thread, int64_t threads)
+{
+    (void)x, (void)rows, (void)inputs, (void)y, (void)thread, (void)threads;
+}
+static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t rows, float *out)
+{
+    (void)w, (void)panel, (void)x, (void)rows, (void)out;
+}
+
+#endif
+
 /* Few rows leave registers for a second panel, whose sums then hide the latency of the first's. */
 static void bfloat16_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
 {
@@ -201,28 +297,44 @@ static void float32_tile(const Weight *w, int64_t panel, int panels, const float
     else tile_of(w, FLOAT32, panel, 1, x, rows, out);
 }
 
-static void any_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+/* Up to `height_of` rows of x times some panels, into out [rows][panels * PANEL]. */
+static void block(const Weight *w, int64_t panel, int panels, const void *x, int64_t row, int rows, float *out)
 {
-    if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, x, rows, out);
-    else if (w->type == INT8) int8_tile(w, panel, panels, x, rows, out);
-    else float32_tile(w, panel, panels, x, rows, out);
+    const float *from = (const float *)x + row * w->inputs;
+    if (w->type == TILES) tiles(w, panel, (const uint16_t *)x + row * upward(w->inputs, DEEP), rows, out);
+    else if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, from, rows, out);
+    else if (w->type == INT8) int8_tile(w, panel, panels, from, rows, out);
+    else float32_tile(w, panel, panels, from, rows, out);
 }
 
 INLINE int64_t panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
+INLINE int64_t height_of(const Weight *w) { return w->type == TILES ? 2 * SIDE : TILE; }
+
+/* x [rows][inputs] as products with w read it: itself or, of TILES, `narrowed` by all threads together. */
+static const void *readable(const Weight *w, const float *x, int64_t rows, uint16_t *narrowed, int64_t thread, int64_t threads)
+{
+    if (w->type != TILES) return x;
+    narrow(x, rows, w->inputs, narrowed, thread, threads);
+#pragma omp barrier
+    tiles_on();
+    return narrowed;
+}
 
 /* y [rows][outputs] = x times weights, or += where `add`; this thread's share of the outputs. */
-static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, int64_t thread, int64_t threads)
+static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, uint16_t *narrowed, int64_t thread,
+                    int64_t threads)
 {
+    const void *inputs = readable(w, x, rows, narrowed, thread, threads);
+    const int64_t height = height_of(w), wide = w->type != TILES && (rows <= 3 || LANES == 16) ? 2 : 1;
+    float out[ROOM];
     int64_t panel, last;
     share(panels_of(w), thread, threads, &panel, &last);
-    const int64_t wide = rows <= 3 || LANES == 16 ? 2 : 1;
-    float out[TILE * 2 * PANEL];
     while (panel < last) {
         const int64_t panels = last - panel < wide ? 1 : wide, from = panel * PANEL;
         const int64_t width = (w->outputs - from < panels * PANEL ? w->outputs - from : panels * PANEL);
-        for (int64_t row = 0; row < rows; row += TILE) {
-            const int here = rows - row < TILE ? (int)(rows - row) : TILE;
-            any_tile(w, panel, (int)panels, x + row * w->inputs, here, out);
+        for (int64_t row = 0; row < rows; row += height) {
+            const int here = (int)(rows - row < height ? rows - row : height);
+            block(w, panel, (int)panels, inputs, row, here, out);
             for (int r = 0; r < here; r++) {
                 float *to = y + (row + r) * w->outputs + from;
                 const float *got = out + r * panels * PANEL;
@@ -234,22 +346,26 @@ static void product(const Weight *w, const float *x, int64_t rows, float *y, int
         }
         panel += panels;
     }
+    if (w->type == TILES) tiles_off();
 }
 
 /* y [rows][F] = SiLU(x gate) * (x up). */
-static void gated(const Layer *layer, const float *x, int64_t rows, float *y, int64_t thread, int64_t threads)
+static void gated(const Layer *layer, const float *x, int64_t rows, float *y, uint16_t *narrowed, int64_t thread,
+                  int64_t threads)
 {
     const Weight *gate = &layer->gate, *up = &layer->up;
+    const void *inputs = readable(gate, x, rows, narrowed, thread, threads);
+    const int64_t height = height_of(gate);
     int64_t panel, last;
     share(panels_of(gate), thread, threads, &panel, &last);
-    float gates[TILE * PANEL], ups[TILE * PANEL];
+    float gates[ROOM], ups[ROOM];
     for (; panel < last; panel++) {
         const int64_t from = panel * PANEL, left = gate->outputs - from;
         const size_t width = (size_t)(left < PANEL ? left : PANEL);
-        for (int64_t row = 0; row < rows; row += TILE) {
-            const int here = rows - row < TILE ? (int)(rows - row) : TILE;
-            any_tile(gate, panel, 1, x + row * gate->inputs, here, gates);
-            any_tile(up, panel, 1, x + row * up->inputs, here, ups);
+        for (int64_t row = 0; row < rows; row += height) {
+            const int here = (int)(rows - row < height ? rows - row : height);
+            block(gate, panel, 1, inputs, row, here, gates);
+            block(up, panel, 1, inputs, row, here, ups);
             for (int i = 0; i < here * PANEL; i += LANES) {
                 Floats g = load(gates + i);
                 store(gates + i, g / (1.0f + exponential(-g)) * load(ups + i));
@@ -257,6 +373,7 @@ static void gated(const Layer *layer, const float *x, int64_t rows, float *y, in
             for (int r = 0; r < here; r++) memcpy(y + (row + r) * gate->outputs + from, gates + r * PANEL, width * sizeof(float));
         }
     }
+    if (gate->type == TILES) tiles_off();
 }
 
 /* --- the rest of a layer ------------------------------------------------------------------------------------------ */
@@ -389,21 +506,44 @@ static int64_t longest(const Step *s)
 
 int64_t medusa_lanes(void) { return LANES; }
 
+/* May this process multiply tiles of bfloat16? Asks Linux for it (for good: threads inherit it). */
+int64_t medusa_tiles(void)
+{
+#ifdef __AMX_BF16__
+    const long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+
+/* Bytes of bfloat16 that rows of this many inputs take, in whole tiles. */
+static int64_t narrowed_bytes(int64_t rows, int64_t inputs) { return upward(rows, SIDE) * upward(inputs, DEEP) * 2; }
+
+static int64_t widest(const Model *m)
+{
+    const int64_t seen = m->groups * m->num_kv_heads * m->head_dim, inner = m->layers->gate.outputs;
+    const int64_t most = seen > inner ? seen : inner;
+    return m->hidden > most ? m->hidden : most;
+}
+
 int64_t medusa_work_floats(const Model *m, const Step *s)
 {
     const int64_t heads = m->num_kv_heads * m->head_dim;
     const int64_t row = m->hidden + (2 * m->groups + 2) * heads + m->layers->gate.outputs;
-    return s->batch * s->num_new * row + s->threads * longest(s) * QUERIES;
+    const int64_t narrowed = m->layers->out.type == TILES ? (narrowed_bytes(s->batch * s->num_new, widest(m)) + LINE) / 4 : 0;
+    return s->batch * s->num_new * row + s->threads * longest(s) * QUERIES + narrowed;
 }
 
-void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, int64_t threads)
+/* `narrowed` holds upward(rows, SIDE) x upward(inputs, DEEP) of bfloat16; of other weights than TILES nothing. */
+void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, uint16_t *narrowed, int64_t threads)
 {
 #pragma omp parallel num_threads((int)threads)
     {
 #ifdef _OPENMP
-        product(w, x, rows, y, 0, omp_get_thread_num(), omp_get_num_threads());
+        product(w, x, rows, y, 0, narrowed, omp_get_thread_num(), omp_get_num_threads());
 #else
-        product(w, x, rows, y, 0, 0, 1);
+        product(w, x, rows, y, 0, narrowed, 0, 1);
 #endif
     }
 }
@@ -413,6 +553,7 @@ void medusa_layers(const Model *m, const Step *s)
     const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, scratch = longest(s) * QUERIES;
     float *normed = s->work, *qkv = normed + rows * m->hidden, *seen = qkv + rows * (m->groups + 2) * heads;
     float *inner = seen + rows * m->groups * heads, *weights = inner + rows * m->layers->gate.outputs;
+    uint16_t *narrowed = (uint16_t *)(((uintptr_t)(weights + s->threads * scratch) + LINE - 1) / LINE * LINE);
 #pragma omp parallel num_threads((int)s->threads)
     {
         int64_t thread = 0, threads = 1;
@@ -424,19 +565,19 @@ void medusa_layers(const Model *m, const Step *s)
             float *cache = s->cache + 2 * i * s->plane_stride;
             norms(s->hidden, layer->norm_attention, m, rows, normed, thread, threads);
 #pragma omp barrier
-            product(&layer->query_key_value, normed, rows, qkv, 0, thread, threads);
+            product(&layer->query_key_value, normed, rows, qkv, 0, narrowed, thread, threads);
 #pragma omp barrier
             place(m, s, cache, qkv, thread, threads);
 #pragma omp barrier
             attention(m, s, cache, qkv, seen, weights + thread * scratch, thread, threads);
 #pragma omp barrier
-            product(&layer->out, seen, rows, s->hidden, 1, thread, threads);
+            product(&layer->out, seen, rows, s->hidden, 1, narrowed, thread, threads);
 #pragma omp barrier
             norms(s->hidden, layer->norm_mlp, m, rows, normed, thread, threads);
 #pragma omp barrier
-            gated(layer, normed, rows, inner, thread, threads);
+            gated(layer, normed, rows, inner, narrowed, thread, threads);
 #pragma omp barrier
-            product(&layer->down, inner, rows, s->hidden, 1, thread, threads);
+            product(&layer->down, inner, rows, s->hidden, 1, narrowed, thread, threads);
 #pragma omp barrier
         }
         norms(s->hidden, m->norm, m, rows, normed, thread, threads);

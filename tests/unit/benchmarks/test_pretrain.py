@@ -21,8 +21,10 @@ def answer(row: int) -> list[int]:
     return [token for kind in drawn for token in (20 + kind, 60 + kind)]
 
 
-@pytest.fixture
-def trained(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+@pytest.fixture(params=["float32", "bfloat16"])
+def trained(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> dict[str, list[float]]:
     """Kind of heads → top-1 accuracy of each head, equally trained on the same file."""
     monkeypatch.setattr(pretrain, "DEFAULT_BACKBONE", str(tiny_folder))
     rows = [{"id": str(n), "source": "x", "prompt_ids": [5, 6, 7], "response_ids": answer(n)} for n in range(60)]
@@ -30,9 +32,9 @@ def trained(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = {}
     for kind in ("medusa", "hydra"):
         pretrain.main(
-            data=tmp_path / "answers.parquet", out=tmp_path / kind, steps=120, batch=64, num_heads=2, num_layers=1,
+            data=[tmp_path / "answers.parquet"], out=tmp_path / kind, steps=120, batch=64, num_heads=2, num_layers=1,
             start_from="none", lr=2e-2, warmup=5, source=None, limit=None, positions=tmp_path / "kept", threads=0,
-            seed=0, kind=kind,
+            seed=0, kind=kind, dtype=request.param,
         )  # fmt: skip
         checkpoint = load_checkpoint(tmp_path / kind)
         assert checkpoint.heads.config.kind == kind and checkpoint.accuracy is not None

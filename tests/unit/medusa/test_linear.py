@@ -14,7 +14,7 @@ TOLERANCE = {
     Kernel.PLAIN: 1e-2,
     Kernel.ONEDNN: 1e-2,
     Kernel.FBGEMM: 1e-5,
-    Kernel.NATIVE: 1e-5,
+    Kernel.NATIVE: 1e-5,  # of inputs that are bfloat16, which tiles do not round
     Kernel.NATIVE_INT8: 2e-2,
 }
 
@@ -45,7 +45,8 @@ def test_the_exact_types_and_other_devices_stay_plain() -> None:
     ("features", "compiles", "dtype", "kernel"),
     [
         ({"avx2": True, "avx512_bf16": True}, True, torch.bfloat16, Kernel.ONEDNN),
-        ({"avx2": True, "amx_tile": True}, True, torch.bfloat16, Kernel.ONEDNN),
+        ({"avx2": True, "avx512_bf16": True, "amx_tile": True}, True, torch.bfloat16, Kernel.NATIVE),
+        ({"avx2": True, "avx512_bf16": True, "amx_tile": True}, False, torch.bfloat16, Kernel.ONEDNN),
         ({"avx2": True, "avx512_bf16": True}, True, torch.float16, Kernel.FBGEMM),
         ({"avx2": True}, True, torch.bfloat16, Kernel.NATIVE),
         ({"avx2": True}, False, torch.bfloat16, Kernel.FBGEMM),
@@ -58,4 +59,5 @@ def test_the_kernel_follows_what_the_cpu_multiplies_well(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     monkeypatch.setattr(linear, "library", lambda: object() if compiles else None)
+    monkeypatch.setattr(linear, "has_tiles", lambda: "amx_tile" in features)
     assert kernel_for(dtype, CPU) is kernel

@@ -1,0 +1,72 @@
+"""The CPU kernels are compiled once for a machine, and everything works without them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa.linear import Kernel, kernel_for
+from medusa.native import build
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, nothing loaded."""
+    monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+@needs_kernels
+def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.library() is not None
+    [made] = fresh.glob("native/*")
+    assert made.suffix == ".so"
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert build.library() is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("error", [PermissionError("closed"), OSError(errno.EROFS, "read-only file system")])
+def test_a_cache_folder_that_cannot_be_written_costs_only_time(
+    fresh: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "mkdir", closed)
+    assert build.library() is not None
+    assert not list(fresh.iterdir())
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("compiler", ["", "#!/bin/sh\necho 'no such option' >&2\n[ $1 = --version ]\n"])
+def test_without_a_working_compiler_another_kernel_is_taken(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if compiler:
+        (tmp_path / "cc").write_text(compiler)
+        (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if compiler else str(tmp_path))
+    monkeypatch.setenv("CC", "cc" if compiler else "nothing-there")
+    with caplog.at_level(logging.WARNING):
+        assert build.library() is None
+    assert ("no such option" in caplog.text) == bool(compiler)
+    assert kernel_for(torch.bfloat16, CPU) is not Kernel.NATIVE
+    assert not list(tmp_path.glob("native/*.so"))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_NATIVE", "0")
+    assert build.library() is None
