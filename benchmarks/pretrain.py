@@ -96,7 +96,9 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
         return made
     kept = torch.load(file)
     if kept.pop("digest") != digest:
-        raise ValueError(f"{file} holds the positions of other rows, backbone, dtype, version or number of heads; remove it")
+        raise ValueError(
+            f"{file} holds the positions of other rows, backbone, dtype, version or number of heads; remove it"
+        )
     return Positions(**kept)
 
 
@@ -196,6 +198,17 @@ def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> Med
     return heads
 
 
+def guessing_among(heads: MedusaHeads, targets: Tensor, size: int) -> MedusaHeads:
+    """The same heads, which guess among the `size` most frequent of the targets [P,K]; among all tokens where it is 0."""
+    if not size:
+        return heads
+    counts = torch.bincount(targets[targets != IGNORE], minlength=heads.vocab_size)
+    frequent = counts.argsort(descending=True, stable=True)[:size].sort().values
+    fewer = MedusaHeads(heads.config, hidden_size=heads.hidden_size, vocab_size=heads.vocab_size, vocabulary=frequent)
+    fewer.load_state_dict(heads.state_dict())
+    return fewer
+
+
 def main(
     data: Annotated[list[Path], typer.Option(help="Parquet of id, source, prompt_ids, response_ids; repeat it")],
     out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
@@ -204,13 +217,16 @@ def main(
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
+    vocabulary: Annotated[int, typer.Option(help="most frequent tokens that the heads guess among; 0: all")] = 0,
     start_from: Annotated[str, typer.Option(help="'none', 'default' or a heads folder, whose shape is kept")] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,
     source: Annotated[list[str] | None, typer.Option(help="sources of rows to use (default: all)")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to use (default: all)")] = None,
     positions: Annotated[Path | None, typer.Option(help="folder that keeps hidden states from run to run")] = None,
-    dtype: Annotated[str, typer.Option(help="of hidden states and products; the heads' weights are float32")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="of hidden states and products; the heads' weights are float32")
+    ] = "float32",
     threads: Annotated[int, typer.Option(help="torch threads; 0: as torch chooses")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -250,6 +266,7 @@ def main(
             console.print(
                 f"step {step + 1}: loss by head {told}; {(step + 1) * batch / (time.time() - began):.0f} pos/s"
             )
+    heads = guessing_among(heads, train.targets, vocabulary)
     accuracy = held_out(heads, backbone, test).accuracy
     paths = grow_paths(accuracy, 64)
     save_checkpoint(
@@ -269,6 +286,7 @@ def main(
                 "learning rate": lr,
                 "dtype of products": dtype,
                 "seed": seed,
+                "vocabulary": vocabulary or "all",
                 "from": start_from,
             },
         },

@@ -25,6 +25,7 @@ from medusa.fused_llama import FusedLlama
 from medusa.grammar import GrammarVocabulary
 from medusa.heads import LmHead, LogitTransform, PartialLmHead
 from medusa.kv_cache import KVCache
+from medusa.linear import Kernel, Linear
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,13 @@ class Backbone:
 
     @property
     def step_dtype(self) -> torch.dtype:
-        """Type of hidden states, keys and values while decoding: the fused path may keep more than the weights' type."""
+        """Type of hidden states while decoding: the fused path may keep more than the weights' type."""
         return self.fused.dtype if self.fused is not None else self.dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Type of keys and values while decoding."""
+        return self.fused.cache_dtype if self.fused is not None else self.dtype
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -163,7 +169,7 @@ class Backbone:
             capacity=capacity,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=self.step_dtype,
+            dtype=self.cache_dtype,
             device=self.device,
         )
 
@@ -225,9 +231,17 @@ class Backbone:
         """This backbone's lm_head over `vocabulary` (ids) alone, in its own copy; over all tokens for None."""
         if vocabulary is None:
             return self
-        weight = self.lm_head_weight.detach()[vocabulary]
-        project = self.fused.linear(weight) if self.fused is not None else lambda hidden: F.linear(hidden, weight)
+        project = self.linear(self.lm_head_weight.detach()[vocabulary])
         return PartialLmHead(project=project, transform=self.transform, embed=self.embed)
+
+    @property
+    def packs(self) -> bool:
+        """Does `linear` lay weights out in a way of its own?"""
+        return self.fused is not None and self.fused.kernel is not Kernel.PLAIN
+
+    def linear(self, weight: Tensor) -> Linear:
+        """weight [O,I] → a product x [...,I] → [...,O] in the arithmetic of this backbone's own."""
+        return self.fused.linear(weight) if self.fused is not None else lambda x: F.linear(x, weight)
 
     def embed(self, ids: Tensor, /) -> Tensor:
         """ids [...] → the model's input embeddings [...,D]."""

@@ -132,7 +132,8 @@ def load_checkpoint(
     """Read a folder strictly. Raises CheckpointError for anything missing, unexpected, mis-shaped or foreign.
 
     K and the number of layers are read from the tensors. With `backbone`, its fingerprint must match (unless `force`)
-    and its shapes must (always); the heads come in its step dtype on its device.
+    and its shapes must (always); the heads come in its step dtype on its device and, unless another `dtype` is asked
+    for, with weights laid out for decoding as its own are.
     """
     root = FilePath(folder)
     if not root.is_dir():
@@ -156,6 +157,8 @@ def load_checkpoint(
         device=backbone.device if backbone else None,
     )
     _load_strictly(heads, weights, root / WEIGHTS)
+    if backbone is not None and backbone.packs and dtype is None:
+        heads.pack(backbone.linear)
     adapters = load_adapters(root, config.get("adapters"))
     if adapters is not None and backbone is not None:
         adapters.check_fits(backbone.model)

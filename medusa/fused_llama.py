@@ -78,6 +78,7 @@ class FusedLlama:
             self.native = self._native(core, max_context=config.max_position_embeddings)
         else:
             self.layers = [self._fuse(layer) for layer in core.layers]
+        self.cache_dtype = self.dtype if self.native is None else torch.bfloat16
         self.lm_head = self.linear(model.get_output_embeddings().weight)
 
     def _fuse(self, layer: Any) -> _Layer:
@@ -128,8 +129,8 @@ class FusedLlama:
         return self.linear(joined)
 
     def linear(self, weight: Tensor) -> Linear:
-        """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic."""
-        return self.kernel.prepare(weight)
+        """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic, of a weight in the backbone's type."""
+        return self.kernel.prepare(weight.to(self.embedding.dtype))
 
     def __call__(self, ids: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from medusa.candidates import ranked_places, ranked_tokens
 from medusa.config import HeadsConfig
+from medusa.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, (1 + num_read) * hidden_size, **factory))
         self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
+        self.packed: Linear | None = None
 
     def forward(self, hidden: Tensor, beside: Tensor | None = None) -> Tensor:
         seen = hidden if beside is None else torch.cat([hidden, beside.flatten(-2)], dim=-1)
-        return hidden + F.silu(F.linear(seen, self.weight, self.bias))
+        if self.packed is None or self.training:
+            return hidden + F.silu(F.linear(seen, self.weight, self.bias))
+        return hidden + F.silu(self.packed(seen) + self.bias)
 
 
 class MedusaHead(nn.Module):
@@ -143,6 +147,12 @@ class MedusaHeads(nn.Module):
     @property
     def num_heads(self) -> int:
         return self.config.num_heads
+
+    def pack(self, prepare: Callable[[Tensor], Linear]) -> None:
+        """Let `prepare` (weight → product) lay the blocks' weights out for decoding, which sees nothing learned later."""
+        for head in self.heads:
+            for block in head.blocks:  # type: ignore[union-attr]
+                block.packed = prepare(block.weight)  # type: ignore[operator,union-attr]
 
     def path_embeddings(self, path: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
         """path [...,J] token ids, the root first → what the heads read of them [...,J,D]; None for heads that read none.

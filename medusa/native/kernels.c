@@ -15,11 +15,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AMX_BF16__
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #ifndef LANES
 #ifdef __AVX512F__
@@ -28,27 +23,40 @@
 #define LANES 8
 #endif
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && LANES == 16
+#define HAS_TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
 #define TILE 6    /* rows that share one pass over a panel */
 #define SIDE 16   /* rows and columns of a tile of AMX */
 #define DEEP 32   /* inputs that one product of tiles takes */
 #define LINE 64   /* bytes of a cache line */
-#define QUERIES 4 /* queries that share one pass over keys and values */
+#define QUERIES 4 /* queries that share one pass over values */
+#define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass */
+#define MOST_TILED 256 /* the largest head size whose keys are multiplied as tiles */
 #define ROOM (2 * SIDE * PANEL) /* floats that hold the outputs of a block */
 #define INLINE static inline __attribute__((always_inline))
 
 _Static_assert(SIDE >= TILE, "ROOM holds TILE rows of two panels");
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
 _Static_assert(PANEL == 2 * SIDE, "a panel is two tiles wide");
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef float Four __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef int8_t SignedBytes __attribute__((vector_size(16)));
 typedef float AnyFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float AnyFour __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t AnyBytes __attribute__((vector_size(16), aligned(1), may_alias));
 
 enum { FLOAT32, BFLOAT16, INT8, TILES };
 #define WORD(type) (1 << (type)) /* weights in a word */
@@ -82,10 +90,10 @@ typedef struct {
     const int64_t *offsets, *positions; /* [batch], [batch][num_new] */
     const uint8_t *visible;             /* [num_new][num_new] of the first sequence: may that row see that column? */
     int64_t visible_stride;             /* to the next sequence's; 0 where all share one */
-    float *cache;                       /* keys of the first layer, first row's slot; values lie one plane behind */
+    uint16_t *cache; /* bfloat16: keys of the first layer, first row's slot; values lie one plane behind */
     int64_t plane_stride, slot_stride, head_stride;
     float *hidden; /* [M][D], embeddings in, last hidden states out */
-    float *work;   /* medusa_work_floats of it */
+    char *work;    /* medusa_work_bytes of it */
     int64_t threads;
 } Step;
 
@@ -93,6 +101,16 @@ typedef struct {
 
 INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
 INLINE void store(float *to, Floats x) { *(AnyFloats *)to = x; }
+/* bfloat16, widened, and rounded to the nearest, of two equally near ones to the even one. */
+INLINE Floats load_half(const uint16_t *from)
+{
+    return (Floats)(__builtin_convertvector(*(const AnyHalves *)from, Words) << 16);
+}
+INLINE void store_half(uint16_t *to, Floats x)
+{
+    const Words bits = (Words)x;
+    *(AnyHalves *)to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+}
 INLINE Floats spread(float x) { return x - (Floats){0}; }
 
 INLINE Floats choose(Ints which, Floats a, Floats b) { return (Floats)((which & (Ints)a) | (~which & (Ints)b)); }
@@ -201,7 +219,7 @@ INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const 
 
 INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
 
 /* All eight tiles 16 rows of 64 bytes. Constant, since GCC does not see that loading it reads all of it. */
 static const struct {
@@ -213,34 +231,39 @@ static const struct {
 static void tiles_on(void) { _tile_loadconfig(&SHAPE); }
 static void tiles_off(void) { _tile_release(); }
 
-/* x [rows][inputs] to bfloat16 [rows][inputs, padded]; this thread's share of the rows. */
+/* x [rows][inputs] to tiles of bfloat16 [rows / SIDE][inputs / DEEP][SIDE][DEEP], inputs padded with zeros; this thread's
+   share of the rows. */
 static void narrow(const float *x, int64_t rows, int64_t inputs, uint16_t *y, int64_t thread, int64_t threads)
 {
     const int64_t width = upward(inputs, DEEP);
     int64_t row, last;
     share(rows, thread, threads, &row, &last);
     for (; row < last; row++)
-        for (int64_t i = 0; i < width; i += SIDE) {
-            const int64_t left = inputs - i;
-            const __mmask16 real = left >= SIDE ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
-            const __m256bh low = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, x + row * inputs + i));
-            _mm256_storeu_si256((__m256i *)(y + row * width + i), (__m256i)low);
+        for (int64_t i = 0; i < width; i += LANES) {
+            float last_ones[LANES] = {0};
+            const float *from = x + row * inputs + i;
+            if (i + LANES > inputs) {
+                if (i < inputs) memcpy(last_ones, from, (size_t)(inputs - i) * sizeof(float));
+                from = last_ones;
+            }
+            store_half(y + row / SIDE * SIDE * width + i / DEEP * SIDE * DEEP + row % SIDE * DEEP + i % DEEP, load(from));
         }
 }
 
-/* Rows of x [.][inputs, padded] times a panel, into out [SIDE or 2 SIDE][2 SIDE]. The rows of x fill whole tiles. */
+/* One or two rows of tiles of x, as `narrow` leaves them, times a panel, into out [SIDE or 2 SIDE][2 SIDE]. */
 static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t rows, float *out)
 {
-    const int64_t width = upward(w->inputs, DEEP), stride = width * 2;
+    const int64_t width = upward(w->inputs, DEEP);
+    const uint16_t *end = x + SIDE * width;
     const uint32_t *at = w->panels + panel * width * SIDE;
     _tile_zero(0);
     _tile_zero(1);
     if (rows > SIDE) {
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t k = 0; k < width; k += DEEP, at += SIDE * DEEP) {
-            _tile_loadd(4, x + k, stride);
-            _tile_loadd(5, x + SIDE * width + k, stride);
+        for (; x < end; x += SIDE * DEEP, at += SIDE * DEEP) {
+            _tile_loadd(4, x, DEEP * 2);
+            _tile_loadd(5, x + SIDE * width, DEEP * 2);
             _tile_loadd(6, at, SIDE * 4);
             _tile_loadd(7, at + SIDE * SIDE, SIDE * 4);
             _tile_dpbf16ps(0, 4, 6);
@@ -251,8 +274,8 @@ static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t row
         _tile_stored(2, out + SIDE * 2 * SIDE, 2 * SIDE * 4);
         _tile_stored(3, out + SIDE * 2 * SIDE + SIDE, 2 * SIDE * 4);
     } else {
-        for (int64_t k = 0; k < width; k += DEEP, at += SIDE * DEEP) {
-            _tile_loadd(4, x + k, stride);
+        for (; x < end; x += SIDE * DEEP, at += SIDE * DEEP) {
+            _tile_loadd(4, x, DEEP * 2);
             _tile_loadd(6, at, SIDE * 4);
             _tile_loadd(7, at + SIDE * SIDE, SIDE * 4);
             _tile_dpbf16ps(0, 4, 6);
@@ -406,7 +429,7 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half)
 }
 
 /* Rotate queries and keys of this thread's rows and put keys and values where they belong. */
-static void place(const Model *m, const Step *s, float *cache, float *qkv, int64_t thread, int64_t threads)
+static void place(const Model *m, const Step *s, uint16_t *cache, float *qkv, int64_t thread, int64_t threads)
 {
     const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
     int64_t row, last;
@@ -416,83 +439,212 @@ static void place(const Model *m, const Step *s, float *cache, float *qkv, int64
         float *query = qkv + row * width, *key = query + m->groups * heads * size, *value = key + heads * size;
         for (int64_t h = 0; h < (m->groups + 1) * heads; h++) rotate(query + h * size, m->cos + at, m->sin + at, size / 2);
         for (int64_t h = 0; h < heads; h++) {
-            float *to = cache + b * s->slot_stride + h * s->head_stride + slot * size;
-            memcpy(to, key + h * size, (size_t)size * sizeof(float));
-            memcpy(to + s->plane_stride, value + h * size, (size_t)size * sizeof(float));
+            uint16_t *to = cache + b * s->slot_stride + h * s->head_stride + slot * size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                store_half(to + i, load(key + h * size + i));
+                store_half(to + s->plane_stride + i, load(value + h * size + i));
+            }
         }
     }
 }
 
-/* Up to QUERIES queries of one key/value head over its prefix and tree. `weights` holds [positions][QUERIES]. */
-static void attend(const Step *s, int64_t b, const float *keys, const float *values, int64_t size, const float *const *query,
-                   const int64_t *node, float *const *out, int count, float *weights)
+/* A mask with queries innermost has room behind each row to read SIDE of them from any on. */
+static int64_t mask_stride(const Step *s) { return s->num_new + SIDE; }
+
+static void transpose_masks(const Step *s, uint8_t *seen_by, int64_t thread, int64_t threads)
 {
-    const int64_t prefix = s->offsets[b], span = prefix + s->num_new, vectors = size / LANES;
-    const float scale = 1.0f / sqrtf((float)size);
-    const uint8_t *visible = s->visible + b * s->visible_stride;
-    Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    for (int64_t t = 0; t < span; t++) {
-        Floats dot[QUERIES] = {{0}};
-        for (int64_t v = 0; v < vectors; v++) {
-            Floats key = load(keys + t * size + v * LANES);
-            for (int q = 0; q < QUERIES; q++) dot[q] += load(query[q] + v * LANES) * key;
+    const int64_t num_new = s->num_new, stride = mask_stride(s);
+    int64_t column, last;
+    share((s->visible_stride ? s->batch : 1) * num_new, thread, threads, &column, &last);
+    for (; column < last; column++)
+        for (int64_t row = 0; row < num_new; row++) {
+            const uint8_t *mask = s->visible + column / num_new * s->visible_stride;
+            seen_by[column * stride + row] = mask[row * num_new + column % num_new];
         }
-        Four score = sums(dot[0], dot[1], dot[2], dot[3]) * scale;
-        if (t >= prefix)
+}
+
+/* A block of queries of one key/value head. Where keys are multiplied as tiles it has SIDE queries, else QUERIES. */
+typedef struct {
+    int64_t prefix, num_new, size; /* positions that all see, positions behind them, head size */
+    int64_t span;                  /* positions that are looked at: no query sees a later one */
+    const uint16_t *keys, *values;
+    const float *query[SIDE];    /* a short block repeats its last query */
+    float *out[SIDE];
+    int64_t node[SIDE];
+    int count, width;            /* queries, and columns of the weights */
+} Block;
+
+/* Positions up to the last that a query sees. */
+static int64_t seen_span(const Block *b, const uint8_t *visible)
+{
+    int64_t most = 0;
+    for (int q = 0; q < b->count; q++) {
+        int64_t end = b->num_new;
+        while (end > most && !visible[b->node[q] * b->num_new + end - 1]) end--;
+        most = end;
+    }
+    return b->prefix + most;
+}
+
+/* Dot products of keys and queries into weights [span][QUERIES]. */
+static void dots(const Block *b, float *weights)
+{
+    for (int64_t t = 0; t < b->span; t++) {
+        Floats dot[QUERIES] = {{0}};
+        for (int64_t i = 0; i < b->size; i += LANES) {
+            Floats key = load_half(b->keys + t * b->size + i);
+            for (int q = 0; q < QUERIES; q++) dot[q] += load(b->query[q] + i) * key;
+        }
+        *(AnyFour *)(weights + t * QUERIES) = sums(dot[0], dot[1], dot[2], dot[3]);
+    }
+}
+
+#ifdef HAS_TILES
+/* The same, of queries rounded to bfloat16, SIDE keys and SIDE queries at a time, into weights [span][width]. Keys behind
+   the last are read too (values lie there) and their products dropped. */
+static void dots_in_tiles(const Block *b, float *weights)
+{
+    uint16_t rounded[SIDE][MOST_TILED];
+    uint32_t pairs[MOST_TILED / 2][SIDE];
+    float found[SIDE][SIDE];
+    for (int q = 0; q < b->width; q++)
+        for (int64_t i = 0; i < b->size; i += LANES) store_half(rounded[q] + i, load(b->query[q] + i));
+    for (int64_t i = 0; i < b->size / 2; i++)
+        for (int q = 0; q < b->width; q++) memcpy(&pairs[i][q], rounded[q] + 2 * i, sizeof(uint32_t));
+    for (int64_t t = 0; t < b->span; t += SIDE) {
+        _tile_zero(0);
+        for (int64_t i = 0; i < b->size; i += DEEP) {
+            _tile_loadd(4, b->keys + t * b->size + i, b->size * 2);
+            _tile_loadd(6, pairs + i / 2, SIDE * 4);
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        if (b->width == SIDE) {
+            _tile_stored(0, weights + t * SIDE, SIDE * 4);
+        } else {
+            _tile_stored(0, found, SIDE * 4);
+            for (int k = 0; k < SIDE; k++) memcpy(weights + (t + k) * QUERIES, found[k], QUERIES * sizeof(float));
+        }
+    }
+}
+
+/* Which of SIDE queries see new position `column`: all ones or zeros each. `seen_by` [num_new][num_new, padded] is the
+   mask with queries innermost; the node of query q is first + place[q]. */
+INLINE Ints visible_to(const uint8_t *seen_by, int64_t stride, int64_t column, int64_t first, Bytes place)
+{
+    const Bytes nodes = *(const AnyBytes *)(seen_by + column * stride + first);
+    return __builtin_convertvector((SignedBytes)(__builtin_shuffle(nodes, place) != 0), Ints);
+}
+
+/* Dot products [span][SIDE] to the softmax's numerators; their sums into total [SIDE]. */
+static void soften_wide(const Block *b, const uint8_t *seen_by, int64_t stride, float *weights, float *total)
+{
+    const Floats scale = spread(1.0f / sqrtf((float)b->size)), never = spread(-INFINITY);
+    Floats most = never, sum = {0};
+    Bytes place;
+    for (int q = 0; q < SIDE; q++) place[q] = (uint8_t)(b->node[q] - b->node[0]);
+    for (int64_t t = 0; t < b->span; t++) {
+        Floats score = load(weights + t * SIDE) * scale;
+        if (t >= b->prefix) score = choose(visible_to(seen_by, stride, t - b->prefix, b->node[0], place), score, never);
+        store(weights + t * SIDE, score);
+        most = choose(score > most, score, most);
+    }
+    for (int64_t t = 0; t < b->span; t++) {
+        Floats weight = exponential(load(weights + t * SIDE) - most);
+        store(weights + t * SIDE, weight);
+        sum += weight;
+    }
+    store(total, sum);
+}
+
+#else
+
+static void dots_in_tiles(const Block *b, float *weights) { (void)b, (void)weights; }
+static void soften_wide(const Block *b, const uint8_t *seen_by, int64_t stride, float *weights, float *total)
+{
+    (void)b, (void)seen_by, (void)stride, (void)weights, (void)total;
+}
+
+#endif
+
+/* The same of [span][QUERIES]; `visible` [num_new][num_new]. The weights have room for whole vectors. */
+static void soften(const Block *b, const uint8_t *visible, float *weights, float *total)
+{
+    const float scale = 1.0f / sqrtf((float)b->size);
+    Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum = {0};
+    for (int64_t t = 0; t < b->span; t++) {
+        Four score = *(const AnyFour *)(weights + t * QUERIES) * scale;
+        if (t >= b->prefix)
             for (int q = 0; q < QUERIES; q++)
-                if (!visible[node[q] * s->num_new + t - prefix]) score[q] = -INFINITY;
+                if (!visible[b->node[q] * b->num_new + t - b->prefix]) score[q] = -INFINITY;
         *(AnyFour *)(weights + t * QUERIES) = score;
         for (int q = 0; q < QUERIES; q++) most[q] = score[q] > most[q] ? score[q] : most[q];
     }
     Floats top;
     for (int i = 0; i < LANES; i++) top[i] = most[i % QUERIES];
-    for (int64_t i = span * QUERIES; i % LANES; i++) weights[i] = -INFINITY;
-    for (int64_t i = 0; i < span * QUERIES; i += LANES) store(weights + i, exponential(load(weights + i) - top));
-    Four total = {0};
-    for (int64_t t = 0; t < span; t++) total += *(const AnyFour *)(weights + t * QUERIES);
-    for (int64_t v = 0; v < vectors; v += 2) {
-        const int pair = vectors - v > 1;
-        Floats sum[QUERIES][2] = {{{0}}};
-        for (int64_t t = 0; t < span; t++) {
-            const float *from = values + t * size + v * LANES;
-            Floats first = load(from), second = pair ? load(from + LANES) : first;
-            for (int q = 0; q < QUERIES; q++) {
-                Floats weight = spread(weights[t * QUERIES + q]);
-                sum[q][0] += weight * first;
-                sum[q][1] += weight * second;
-            }
-        }
-        for (int q = 0; q < count; q++) {
-            store(out[q] + v * LANES, sum[q][0] / total[q]);
-            if (pair) store(out[q] + (v + 1) * LANES, sum[q][1] / total[q]);
-        }
-    }
+    for (int64_t i = b->span * QUERIES; i % LANES; i++) weights[i] = -INFINITY;
+    for (int64_t i = 0; i < b->span * QUERIES; i += LANES) store(weights + i, exponential(load(weights + i) - top));
+    for (int64_t t = 0; t < b->span; t++) sum += *(const AnyFour *)(weights + t * QUERIES);
+    *(AnyFour *)total = sum;
 }
 
-/* qkv [M][(H + 2 H/G) E] -> seen [M][H E]. Queries of one key/value head are taken QUERIES at a time. */
-static void attention(const Model *m, const Step *s, const float *cache, const float *qkv, float *seen, float *weights,
-                      int64_t thread, int64_t threads)
+/* QUERIES outputs from query `first` on, `vectors` vectors of them from number `from` on: weighted means of values. */
+INLINE void means(const Block *b, const float *weights, const float *total, int first, int64_t from, int vectors)
+{
+    Floats sum[QUERIES][VECTORS] = {{{0}}};
+    for (int64_t t = 0; t < b->span; t++) {
+        Floats value[VECTORS];
+        for (int v = 0; v < vectors; v++) value[v] = load_half(b->values + t * b->size + (from + v) * LANES);
+        for (int q = 0; q < QUERIES; q++) {
+            Floats weight = spread(weights[t * b->width + first + q]);
+            for (int v = 0; v < vectors; v++) sum[q][v] += weight * value[v];
+        }
+    }
+    for (int q = 0; q < QUERIES && first + q < b->count; q++)
+        for (int v = 0; v < vectors; v++) store(b->out[first + q] + (from + v) * LANES, sum[q][v] / total[first + q]);
+}
+
+/* How many queries attention takes at a time. */
+static int64_t queries_of(const Model *m)
+{
+    return m->layers->out.type == TILES && m->head_dim % DEEP == 0 && m->head_dim <= MOST_TILED ? SIDE : QUERIES;
+}
+
+/* qkv [M][(H + 2 H/G) E] -> seen [M][H E]. Queries of one key/value head are taken a block at a time. */
+static void attention(const Model *m, const Step *s, const uint16_t *cache, const uint8_t *seen_by, const float *qkv, float *seen,
+                      float *weights, int64_t thread, int64_t threads)
 {
     const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
-    const int64_t queries = m->groups * s->num_new, blocks = (queries + QUERIES - 1) / QUERIES;
-    int64_t task, last;
-    share(s->batch * heads * blocks, thread, threads, &task, &last);
-    for (; task < last; task++) {
-        const int64_t b = task / (heads * blocks), head = task / blocks % heads, first = task % blocks * QUERIES;
-        const float *keys = cache + b * s->slot_stride + head * s->head_stride;
-        const int count = queries - first < QUERIES ? (int)(queries - first) : QUERIES;
-        const float *query[QUERIES];
-        float *out[QUERIES];
-        int64_t node[QUERIES];
-        for (int q = 0; q < QUERIES; q++) { /* the last block repeats its last query */
+    const int64_t queries = m->groups * s->num_new, side = queries_of(m), blocks = (queries + side - 1) / side;
+    float total[SIDE];
+    if (side == SIDE) tiles_on();
+    for (int64_t task = thread; task < s->batch * heads * blocks; task += threads) { /* later blocks of a prompt see more */
+        const int64_t b = task / (heads * blocks), head = task / blocks % heads, first = task % blocks * side;
+        const int count = (int)(queries - first < side ? queries - first : side);
+        Block block = {.prefix = s->offsets[b], .num_new = s->num_new, .size = size, .count = count};
+        block.keys = cache + b * s->slot_stride + head * s->head_stride;
+        block.values = block.keys + s->plane_stride;
+        block.width = count > QUERIES ? SIDE : QUERIES; /* without tiles a block has no more */
+        for (int q = 0; q < block.width; q++) {
             const int64_t which = first + (q < count ? q : count - 1), row = b * s->num_new + which / m->groups;
             const int64_t at = (head * m->groups + which % m->groups) * size;
-            node[q] = which / m->groups;
-            query[q] = qkv + row * width + at;
-            out[q] = seen + row * m->groups * heads * size + at;
+            block.node[q] = which / m->groups;
+            block.query[q] = qkv + row * width + at;
+            block.out[q] = seen + row * m->groups * heads * size + at;
         }
-        attend(s, b, keys, keys + s->plane_stride, size, query, node, out, count, weights);
+        const uint8_t *visible = s->visible + b * s->visible_stride;
+        block.span = seen_span(&block, visible);
+        const uint8_t *own_mask = seen_by + (s->visible_stride ? b * s->num_new * mask_stride(s) : 0);
+        if (side == SIDE) dots_in_tiles(&block, weights);
+        else dots(&block, weights);
+        if (block.width == SIDE) soften_wide(&block, own_mask, mask_stride(s), weights, total);
+        else soften(&block, visible, weights, total);
+        for (int q = 0; q < count; q += QUERIES) {
+            int64_t v = 0;
+            for (; v + VECTORS <= size / LANES; v += VECTORS) means(&block, weights, total, q, v, VECTORS);
+            for (; v < size / LANES; v++) means(&block, weights, total, q, v, 1);
+        }
     }
+    if (side == SIDE) tiles_off();
 }
 
 /* --- what Python calls -------------------------------------------------------------------------------------------- */
@@ -501,7 +653,7 @@ static int64_t longest(const Step *s)
 {
     int64_t most = 0;
     for (int64_t b = 0; b < s->batch; b++) most = s->offsets[b] > most ? s->offsets[b] : most;
-    return most + s->num_new + LANES;
+    return upward(most + s->num_new, SIDE);
 }
 
 int64_t medusa_lanes(void) { return LANES; }
@@ -509,7 +661,7 @@ int64_t medusa_lanes(void) { return LANES; }
 /* May this process multiply tiles of bfloat16? Asks Linux for it (for good: threads inherit it). */
 int64_t medusa_tiles(void)
 {
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
     const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -527,13 +679,29 @@ static int64_t widest(const Model *m)
     return m->hidden > most ? m->hidden : most;
 }
 
-int64_t medusa_work_floats(const Model *m, const Step *s)
+/* Where things lie in a step's work, in bytes from its start. */
+typedef struct {
+    int64_t normed, qkv, seen, inner, weights, narrowed, seen_by, end;
+    int64_t per_thread; /* floats of `weights` */
+} Plan;
+
+static Plan plan(const Model *m, const Step *s)
 {
-    const int64_t heads = m->num_kv_heads * m->head_dim;
-    const int64_t row = m->hidden + (2 * m->groups + 2) * heads + m->layers->gate.outputs;
-    const int64_t narrowed = m->layers->out.type == TILES ? (narrowed_bytes(s->batch * s->num_new, widest(m)) + LINE) / 4 : 0;
-    return s->batch * s->num_new * row + s->threads * longest(s) * QUERIES + narrowed;
+    const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, tiled = m->layers->out.type == TILES;
+    const int64_t masks = s->visible_stride ? s->batch : 1;
+    Plan p = {.per_thread = longest(s) * queries_of(m)};
+    p.qkv = p.normed + upward(rows * m->hidden * 4, LINE);
+    p.seen = p.qkv + upward(rows * (m->groups + 2) * heads * 4, LINE);
+    p.inner = p.seen + upward(rows * m->groups * heads * 4, LINE);
+    p.weights = p.inner + upward(rows * m->layers->gate.outputs * 4, LINE);
+    p.narrowed = p.weights + s->threads * p.per_thread * 4;
+    p.seen_by = p.narrowed + (tiled ? upward(narrowed_bytes(rows, widest(m)), LINE) : 0);
+    p.end = p.seen_by + (tiled ? upward(masks * s->num_new * mask_stride(s), LINE) : 0);
+    return p;
 }
+
+/* Bytes of work, which begins on a cache line. */
+int64_t medusa_work_bytes(const Model *m, const Step *s) { return plan(m, s).end; }
 
 /* `narrowed` holds upward(rows, SIDE) x upward(inputs, DEEP) of bfloat16; of other weights than TILES nothing. */
 void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, uint16_t *narrowed, int64_t threads)
@@ -550,26 +718,30 @@ void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, uint
 
 void medusa_layers(const Model *m, const Step *s)
 {
-    const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, scratch = longest(s) * QUERIES;
-    float *normed = s->work, *qkv = normed + rows * m->hidden, *seen = qkv + rows * (m->groups + 2) * heads;
-    float *inner = seen + rows * m->groups * heads, *weights = inner + rows * m->layers->gate.outputs;
-    uint16_t *narrowed = (uint16_t *)(((uintptr_t)(weights + s->threads * scratch) + LINE - 1) / LINE * LINE);
+    const int64_t rows = s->batch * s->num_new;
+    const Plan p = plan(m, s);
+    char *work = s->work;
+    float *normed = (float *)(work + p.normed), *qkv = (float *)(work + p.qkv), *seen = (float *)(work + p.seen);
+    float *inner = (float *)(work + p.inner), *weights = (float *)(work + p.weights);
+    uint16_t *narrowed = (uint16_t *)(work + p.narrowed);
+    uint8_t *seen_by = (uint8_t *)(work + p.seen_by);
 #pragma omp parallel num_threads((int)s->threads)
     {
         int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
+        if (m->layers->out.type == TILES) transpose_masks(s, seen_by, thread, threads);
         for (int64_t i = 0; i < m->num_layers; i++) {
             const Layer *layer = m->layers + i;
-            float *cache = s->cache + 2 * i * s->plane_stride;
+            uint16_t *cache = s->cache + 2 * i * s->plane_stride;
             norms(s->hidden, layer->norm_attention, m, rows, normed, thread, threads);
 #pragma omp barrier
             product(&layer->query_key_value, normed, rows, qkv, 0, narrowed, thread, threads);
 #pragma omp barrier
             place(m, s, cache, qkv, thread, threads);
 #pragma omp barrier
-            attention(m, s, cache, qkv, seen, weights + thread * scratch, thread, threads);
+            attention(m, s, cache, seen_by, qkv, seen, weights + thread * p.per_thread, thread, threads);
 #pragma omp barrier
             product(&layer->out, seen, rows, s->hidden, 1, narrowed, thread, threads);
 #pragma omp barrier

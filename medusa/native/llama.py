@@ -126,7 +126,7 @@ class NativeLlama:
     def __call__(self, hidden: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """Embeddings [B,N,D] at positions [B,N] → last hidden states [B,N,D], in place; keys and values are written."""
         batch, num_new = positions.shape
-        assert hidden.is_contiguous() and hidden.dtype == cache.store.dtype == torch.float32
+        assert hidden.is_contiguous() and (hidden.dtype, cache.store.dtype) == (torch.float32, torch.bfloat16)
         offsets, positions, visible = where.offsets.contiguous(), positions.contiguous(), where.visible.contiguous()
         rows = cache.store[:, where.first_slot :]
         step = CStep(
@@ -144,7 +144,7 @@ class NativeLlama:
             threads=torch.get_num_threads(),
         )
         model, here = ctypes.byref(self._model), ctypes.byref(step)
-        work = torch.empty(kernels().medusa_work_floats(model, here))
+        work = torch.empty(kernels().medusa_work_bytes(model, here), dtype=torch.uint8)
         step.work = work.data_ptr()
         kernels().medusa_layers(model, here)
         return hidden

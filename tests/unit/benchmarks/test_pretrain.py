@@ -35,9 +35,11 @@ def trained(
             data=[tmp_path / "answers.parquet"], out=tmp_path / kind, steps=120, batch=64, num_heads=2, num_layers=1,
             start_from="none", lr=2e-2, warmup=5, source=None, limit=None, positions=tmp_path / "kept", threads=0,
             seed=0, kind=kind, dtype=request.param,
+            vocabulary=2 * NUM_KINDS,
         )  # fmt: skip
         checkpoint = load_checkpoint(tmp_path / kind)
         assert checkpoint.heads.config.kind == kind and checkpoint.accuracy is not None
+        assert checkpoint.heads.vocabulary.tolist() == [first + kind for first in (20, 60) for kind in range(NUM_KINDS)]
         found[kind] = [row[0] for row in checkpoint.accuracy]
     return found
 
