@@ -16,7 +16,7 @@ from medusa.errors import MedusaError, PromptError
 from pipelines.config import BackboneSection, DistillSection
 from pipelines.errors import StageError
 from pipelines.memory import GIB, free_bytes
-from pipelines.prompts import Prompt
+from pipelines.prompts import Prompt, prompt_digest
 from pipelines.records import ANSWERS, sampling_key
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _next_row(chat: _Chat, config: DistillSection) -> dict[str, Any]:
         "top_p": config.top_p if prompt.top_p is None else prompt.top_p,
         "seed": sampling_seed(config.seed if prompt.seed is None else prompt.seed, row_id),
         "error": None,
+        "asked": prompt_digest(prompt),
     }
 
 
@@ -204,11 +205,19 @@ def refuse_tuned(model: Model, heads: str) -> None:
 
 
 class Answerer(EngineActor):
-    """An Arrow batch of `prompt_table` in, one of `ANSWERS` out."""
+    """An Arrow batch of `prompt_table` in, one of `ANSWERS` out.
 
-    def __init__(self, backbone: BackboneSection, config: DistillSection) -> None:
+    `written_by` is the fingerprint of the backbone whose answers are there already, if there are any.
+    """
+
+    def __init__(self, backbone: BackboneSection, config: DistillSection, written_by: str | None = None) -> None:
         super().__init__(backbone, config)
         self._config = config
+        if self._fault is None and written_by not in (None, self._model.backbone.fingerprint):
+            self._fault = (
+                f"the answers that are there were written by backbone {written_by}, {self._model.backbone.name} is "
+                f"{self._model.backbone.fingerprint}; use another workdir, or remove them"
+            )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa

@@ -5,7 +5,7 @@ The split is fixed: of each kind the first seven train, the next two calibrate, 
 
 from __future__ import annotations
 
-NUM_TRAIN, NUM_CALIBRATION, NUM_EVALUATION = 7, 2, 1  # of each kind
+NUM_TRAIN, NUM_CALIBRATION = 7, 2  # of each kind; the last one evaluates
 
 BUILTIN: dict[str, tuple[str, ...]] = {
     "writing": (

@@ -117,7 +117,7 @@ def _start(config: Config) -> None:
 def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
     """`run`, which is stage `name`: here, or, where `ray.measure_on` says so, in a task with those resources.
 
-    A full disk, wherever the stage met it, is a StageError of one line.
+    A full disk, wherever the stage met it, is a StageError of one line, and so is what MLflow refuses.
     """
     refuse_job_copy(config)
     try:
@@ -125,9 +125,13 @@ def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Conf
     except MedusaError:
         raise
     except Exception as error:
-        if (told := full_disk(error)) is None:
-            raise
-        raise StageError(f"{told}, and run this again: what was finished is kept") from error
+        from mlflow.exceptions import MlflowException
+
+        if (told := full_disk(error)) is not None:
+            raise StageError(f"{told}, and run this again: what was finished is kept") from error
+        if isinstance(error, MlflowException):
+            raise StageError(f"MLflow refuses: {' '.join(str(error).split()):.300}") from error
+        raise
 
 
 def _run(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:

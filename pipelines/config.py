@@ -138,7 +138,7 @@ class PromptsSection(Section):
 
     Without a path they are the `self_prompt.num` that the backbone writes itself; with neither, the built-in ones.
     `calibration_share` of them (the built-in set has its own) calibrate the tree and are never trained on. Limits null
-    mean all.
+    mean all. A prompt that is cut to other `max_turns`, or otherwise edited, is answered anew.
     """
 
     path: Sources | None = None
@@ -416,7 +416,7 @@ class Layout:
 
     @property
     def versions(self) -> Path:
-        """Registered versions fetched from the registry, one folder each."""
+        """Registered versions fetched from the registry, one folder each; those not used for a day may go."""
         return self.root / "versions"
 
     @property

@@ -1,6 +1,7 @@
 """Self-distillation: the backbone answers prompts on a Ray Data actor pool, into Parquet. Knows no training.
 
-Whatever kills it, a rerun answers only what is missing (see `pool`). One MLflow run tells of the job, over all reruns.
+Whatever kills it, a rerun answers only what is missing (see `pool`), or asked otherwise now (see `records.align`). One
+MLflow run tells of the job, over all reruns.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from pipelines.config import Config
 from pipelines.errors import ConfigError
 from pipelines.job_log import JobLog
 from pipelines.pool import Pool, Watch
-from pipelines.prompts import Prompt, prompt_parts
-from pipelines.records import CALIBRATION, TRAIN, answer_files, sampling_key, scan
+from pipelines.prompts import Prompt, prompt_digest, prompt_parts
+from pipelines.records import CALIBRATION, TRAIN, UNUSED, align, answer_files, sampling_key, scan
 from pipelines.self_prompt import self_prompts
 from pipelines.stage import Progress, Step, ignore_progress, main
 
@@ -66,10 +67,13 @@ def run(config: Config, progress: Progress = ignore_progress) -> DistillResult:
     )
     wanted = _wanted(config, progress)
     with pool.alone():
-        _refuse_other_settings(pool.folder, config)
         known = pool.done()
-        done = {key for key, failed in known.items() if not (failed and config.distill.retry_errors)}
+        written_by = _refuse_other_settings(pool.folder, config)
+        edited = align(pool.folder, {prompt.id: (prompt_digest(prompt), part) for prompt, part in wanted})
+        retried = {key for key, failed in known.items() if failed and config.distill.retry_errors}
+        done = known.keys() - edited - retried
         missing = [asked for asked in wanted if asked[0].id not in done]
+        pool = replace(pool, args=(*pool.args, written_by))
         progress(Step(done=len(wanted) - len(missing), total=len(wanted), note="prompts"))
         watch = _answer(missing, len(wanted), pool, config, progress) if missing else None
     return _result(pool.folder, wanted, missing, watch)
@@ -81,14 +85,16 @@ def _wanted(config: Config, progress: Progress) -> list[Asked]:
     return [(p, TRAIN) for p in parts.train] + [(p, CALIBRATION) for p in parts.calibration]
 
 
-def _refuse_other_settings(folder: Path, config: Config) -> None:
-    """ConfigError where the folder was made with other settings than those asked for."""
-    asked_now = sampling_key(config.distill)
-    for row in scan(folder, ["sampling"]):
+def _refuse_other_settings(folder: Path, config: Config) -> str | None:
+    """ConfigError where the folder was made with other settings than those asked for; the backbone that wrote it, if any."""
+    asked_now, written_by = sampling_key(config.distill), None
+    for row in scan(folder, ["sampling", "backbone"]):
+        written_by = row["backbone"]
         if row["sampling"] != asked_now:
             raise ConfigError(
                 f"{folder} holds answers made with {row['sampling']}, asked for is {asked_now}; use another workdir, or remove it"
             )
+    return written_by
 
 
 def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> Watch:
@@ -140,7 +146,9 @@ def _metrics(watch: Watch) -> dict[str, float]:
 
 def _result(folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watch | None) -> DistillResult:
     num_tokens, reasons = 0, Counter[str]()
-    for row in scan(folder, ["response_ids", "finish_reason", "error"]):
+    for row in scan(folder, ["part", "response_ids", "finish_reason", "error"]):
+        if row["part"] == UNUSED:
+            continue
         reasons[row["finish_reason"] if row["error"] is None else "error"] += 1
         num_tokens += len(row["response_ids"])
     assert answer_files(folder) or not wanted

@@ -17,8 +17,8 @@ class TrackingUnreachable(StageError):
     """No MLflow server answers where one should be; work that can go on without it does."""
 
 
-class NoSuchAlias(StageError):
-    """No version bears the alias that was asked for: nothing was promoted yet."""
+class StageFailed(StageError):
+    """One of several stages that were run failed; the message begins with its name."""
 
 
 class PromotionRefused(MedusaError):

@@ -6,7 +6,6 @@ second, tree / plain, same prompts and lengths, taking turns. Identity is with p
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -147,13 +146,14 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
 
 
 def _inputs(config: Config, prompts: Sequence[Prompt]) -> str:
-    """Names all that the evaluation depends on."""
-    text = config.evaluate.text
+    """Names all that the evaluation depends on. ConfigError where `evaluate.text` cannot be read."""
+    from pipelines.quality import heldout_paragraphs
+
     return inputs_key(
         folder_digest(config.layout.checkpoint),
         config.backbone.model_dump(mode="json"),
         [asdict(prompt) for prompt in prompts],
-        text and hashlib.sha256(text.read_bytes()).hexdigest(),
+        config.evaluate.text and heldout_paragraphs(config.evaluate.text),
         config.evaluate.model_dump(mode="json", exclude={"again", "path", "text"}),
         machine(),
     )

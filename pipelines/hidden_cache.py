@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pipelines.errors import StageError
@@ -52,18 +53,21 @@ def kept_on_disk(stem: Path, parts: Iterable[Positions], like: Positions, num_po
     shapes = {name: (num_positions, *value.shape[1:]) for name, value in vars(like).items()}
     files = {name: stem.with_name(f"{stem.name}.{name}.bin") for name in shapes}
     sizes = {name: math.prod(shape) * vars(like)[name].dtype.itemsize for name, shape in shapes.items()}
-    if not all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items()):
-        _write(files, parts, sum(sizes.values()))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(stem.with_name(f"{stem.name}.lock")):  # two runs may want the same
+        if not all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items()):
+            for left in stem.parent.glob(f"{stem.name}.*.part"):  # by a writer that was killed
+                left.unlink()
+            _write(files, parts, sum(sizes.values()))
     return Positions(**{name: _mapped(file, vars(like)[name].dtype, shapes[name]) for name, file in files.items()})
 
 
 def _write(files: dict[str, Path], parts: Iterable[Positions], num_bytes: int) -> None:
     folder = next(iter(files.values())).parent
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise _full(folder, num_bytes, free)
-    unfinished = {name: file.with_suffix(f".{os.getpid()}.part") for name, file in files.items()}
+    unfinished = {name: file.with_suffix(".part") for name, file in files.items()}
     try:
         handles = {name: file.open("wb") for name, file in unfinished.items()}
         try:

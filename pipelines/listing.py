@@ -8,8 +8,8 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.promote import TAG_GATE, TAG_ROLLED_BACK, stored_evaluation
-from pipelines.register import TAG_BACKBONE, TAG_DIGEST
-from pipelines.registry import Version, open_registry
+from pipelines.register import TAG_BACKBONE
+from pipelines.registry import TAG_DIGEST, Version, open_registry
 from pipelines.report import Evaluation
 
 

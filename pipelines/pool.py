@@ -208,7 +208,7 @@ def _drop(file: Path, key: str, names: set[str]) -> None:
 def _columns(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         return pq.read_table(file, columns=list(columns)).to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
         raise StageError(f"{file} is not a file of ours: {' '.join(str(error).split()):.200}") from None
 
 

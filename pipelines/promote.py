@@ -17,8 +17,8 @@ from pipelines import evaluate
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
 from pipelines.evaluate import Comparison
-from pipelines.register import TAG_BACKBONE, TAG_DIGEST, TAG_EVALUATION
-from pipelines.registry import CHALLENGER, CHAMPION, Registry, Version, open_registry
+from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
+from pipelines.registry import CHALLENGER, CHAMPION, TAG_DIGEST, Registry, Version, open_registry
 from pipelines.report import Evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 

@@ -76,7 +76,7 @@ class PromptFile:
         try:
             with self.filesystem.open_input_file(self.path) as source:
                 yield from _rows(pq.ParquetFile(source).iter_batches(_ROWS_AT_ONCE))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(error) from None
 
     def _arrow(self) -> Iterator[tuple[int, Record]]:
@@ -90,7 +90,7 @@ class PromptFile:
                     yield from _rows(batches)
                 else:
                     yield from _rows(pa.ipc.open_stream(source))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> ConfigError:

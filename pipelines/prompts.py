@@ -129,7 +129,7 @@ def read_prompts(
 def _told_apart(prompts: list[Prompt]) -> list[Prompt]:
     """An id that several prompts bear is lengthened for all of them, so that no order of files decides who keeps it."""
     times = Counter(prompt.id for prompt in prompts)
-    return [replace(p, id=f"{p.id}-{_digest(p)[:12]}") if times[p.id] > 1 else p for p in prompts]
+    return [replace(p, id=f"{p.id}-{prompt_digest(p)[:12]}") if times[p.id] > 1 else p for p in prompts]
 
 
 def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
@@ -154,7 +154,7 @@ def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
         seed=_whole(row, "seed"),
     )
     given = next((row[key] for key in ("id", "question_id", "conversation_id") if row.get(key) is not None), None)
-    return replace(prompt, id=str(given) if given is not None else _digest(prompt))
+    return replace(prompt, id=str(given) if given is not None else prompt_digest(prompt))
 
 
 def share_of(prompt_id: str, purpose: str) -> float:
@@ -223,8 +223,8 @@ def _whole(row: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def _digest(prompt: Prompt) -> str:
-    """Names what is asked. Settings count only where a record has some."""
+def prompt_digest(prompt: Prompt) -> str:
+    """Names what is asked, whatever its id. Settings count only where a record has some."""
     settings = [prompt.temperature, prompt.top_p, prompt.seed]
     asked = [prompt.system, prompt.turns] + (settings if any(item is not None for item in settings) else [])
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

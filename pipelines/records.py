@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
 
-TRAIN, CALIBRATION = "train", "calibration"
+TRAIN, CALIBRATION, UNUSED = "train", "calibration", "unused"  # UNUSED: nobody asks for its prompt any more
 
 # One answered (or failed) turn. Turn n of prompt p has the id "p" for n = 1, else "p/n".
 ANSWERS = pa.schema(
@@ -23,7 +24,7 @@ ANSWERS = pa.schema(
         pa.field("id", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("part", pa.string(), nullable=False),  # "train" or "calibration"
+        pa.field("part", pa.string(), nullable=False),  # as the last distillation asked: see `align`
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # the chat so far, through the open answer
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),  # end of sequence included, where it came
         pa.field("response", pa.string(), nullable=False),
@@ -34,8 +35,20 @@ ANSWERS = pa.schema(
         pa.field("seed", pa.int64()),  # of the row, made from the configured seed and its id
         pa.field("backbone", pa.string(), nullable=False),  # fingerprint
         pa.field("error", pa.string()),  # null where the turn was answered
+        pa.field("asked", pa.string()),  # digest of the prompt; no such column in files of earlier releases
     ]
 )
+
+_READ = (
+    "id",
+    "prompt_id",
+    "part",
+    "prompt_ids",
+    "response_ids",
+    "sampling",
+    "backbone",
+    "error",
+)  # what training needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +88,50 @@ def scan(folder: Path, columns: Iterable[str] | None = None) -> Iterator[dict[st
     """Every row of a folder of answers, `columns` only. Raises StageError for a file that is not one of ours."""
     names = list(columns) if columns is not None else ANSWERS.names
     for file in answer_files(folder):
-        try:
-            yield from pq.read_table(file, columns=names).to_pylist()
-        except (pa.ArrowException, KeyError, OSError) as error:  # OSError: damaged inside
-            reason = " ".join(str(error).split())
-            raise StageError(f"{file} is not a file of distilled answers that can be read: {reason:.200}") from None
+        yield from _rows_of(file, names)
+
+
+def _rows_of(file: Path, names: list[str]) -> list[dict[str, Any]]:
+    try:
+        if "asked" in names and "asked" not in pq.read_schema(file).names:
+            return [row | {"asked": None} for row in _rows_of(file, [name for name in names if name != "asked"])]
+        return pq.read_table(file, columns=names).to_pylist()
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:  # the last two: damaged inside
+        reason = " ".join(str(error).split())
+        raise StageError(f"{file} is not a file of distilled answers that can be read: {reason:.200}") from None
+
+
+def align(folder: Path, wanted: Mapping[str, tuple[str, str]]) -> set[str]:
+    """Make what is there answer what is `wanted` now: prompt id → (digest of the prompt, part). Ids whose answers went.
+
+    Answers to a prompt that was edited go, to be asked for again. Those of a prompt that nobody asks for any more stay, as
+    UNUSED, for the day on which it comes back. Each file is rewritten whole or not at all.
+    """
+    edited = set()
+    for file in answer_files(folder):
+        rows = _rows_of(file, ["prompt_id", "part", "asked"])
+        parts: dict[int, str] = {}
+        for index, row in enumerate(rows):
+            digest, part = wanted.get(row["prompt_id"], (row["asked"], UNUSED))
+            if row["asked"] in (None, digest):
+                parts[index] = part
+            else:
+                edited.add(row["prompt_id"])
+        if [row["part"] for row in rows] != list(parts.values()):
+            _rewrite(file, parts)
+    return edited
+
+
+def _rewrite(file: Path, parts: Mapping[int, str]) -> None:
+    """Keep these rows of a file, in these parts."""
+    if not parts:
+        file.unlink()
+        return
+    table = pq.read_table(file).take(list(parts))
+    place = table.schema.get_field_index("part")
+    rewritten = file.with_name(f".{file.name}.part")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(parts.values(), pa.string())), rewritten)
+    os.replace(rewritten, file)
 
 
 def read_answers(folder: Path, part: str) -> Answers:
@@ -87,7 +139,7 @@ def read_answers(folder: Path, part: str) -> Answers:
 
     Raises StageError when there are none, or when they come from several backbones.
     """
-    found = (row for row in scan(folder) if row["part"] == part and row["error"] is None)
+    found = (row for row in scan(folder, _READ) if row["part"] == part and row["error"] is None)
     rows = {(row["id"], row["prompt_id"]): row for row in found}  # "p/2" may be a turn of "p", or a prompt
     if not rows:
         share = "; a small prompts file needs a larger prompts.calibration_share" if part == CALIBRATION else ""

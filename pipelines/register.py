@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from medusa.checkpoint import load_checkpoint
 from pipelines.config import Config, dump_config
 from pipelines.errors import StageError
-from pipelines.registry import CHALLENGER, VERSION_FOLDER, folder_digest, open_registry
+from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, folder_digest, open_registry
 from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 
-TAG_DIGEST, TAG_EVALUATION, TAG_BACKBONE = "medusa.digest", "medusa.evaluation", "medusa.backbone"
+TAG_EVALUATION, TAG_BACKBONE = "medusa.evaluation", "medusa.backbone"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,15 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.config import Config
-from pipelines.errors import NoSuchAlias, StageError, TrackingUnreachable
+from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.registry_lock import Lease, RegistryLock
+from pipelines.tracking import AWAY
 
 logger = logging.getLogger(__name__)
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 VERSION_FOLDER = "checkpoint"  # where a run's artifacts hold the version
+TAG_DIGEST = "medusa.digest"  # `folder_digest` of a version's folder
 _KEY, _CHAMPIONS = "medusa.key", "medusa.champions"
 _REMEMBERED = 200  # champions
 
@@ -39,6 +41,7 @@ _REMEMBERED = 200  # champions
 _EXPECTED = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _BUSY = "TEMPORARILY_UNAVAILABLE"  # a database that rolled back: SQLite under another writer
 _PATIENCE_S = 6.0
+_KEPT, _UNUSED_S = 4, 24 * 3600.0  # fetched versions; a replica has loaded what it fetched long before a day is over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,35 +99,27 @@ def open_registry(config: Config) -> Registry:
 
 
 def await_server(uri: str, *, patience_s: float) -> None:
-    """Return as soon as anything answers HTTP at `uri`; TrackingUnreachable where nothing has within `patience_s`."""
+    """Return as soon as a server answers at `uri`; TrackingUnreachable where none has within `patience_s`.
+
+    5xx is a gateway's word for a server that is away; 401 or 404 for this path says that something is there.
+    """
     import requests
 
     began = time.monotonic()
     while True:
         try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=3)
+            status = requests.get(f"{uri.rstrip('/')}/health", timeout=3).status_code
         except requests.RequestException as error:
-            if time.monotonic() - began > patience_s:
-                raise TrackingUnreachable(
-                    f"no MLflow server answers at {uri} ({type(error).__name__}); start it, or set registry.tracking_uri"
-                ) from None
-            time.sleep(0.5)
+            reason = type(error).__name__
         else:
-            return
-
-
-def resolve(config: Config, alias: str | None = None) -> Version:
-    """The version that bears `alias` (default: the one that serving asks for), fetched: its `folder` holds a checkpoint.
-
-    Raises NoSuchAlias where nothing bears it, StageError where what does cannot be fetched.
-    """
-    registry = open_registry(config)
-    wanted = alias or config.serve.alias
-    version = registry.aliased(wanted)
-    if version is None:
-        name, uri = config.registry.model_name, registry.tracking_uri
-        raise NoSuchAlias(f"no version of {name} is {wanted!r} in {uri}; register and promote one")
-    return registry.fetch(version)
+            if status < 500:
+                return
+            reason = f"HTTP {status}"
+        if time.monotonic() - began > patience_s:
+            raise TrackingUnreachable(
+                f"no MLflow server answers at {uri} ({reason}); start it, or set registry.tracking_uri"
+            )
+        time.sleep(0.5)
 
 
 class Registry:
@@ -160,6 +155,10 @@ class Registry:
             self._client.log_param(run.info.run_id, name, value)
         return str(run.info.run_id)
 
+    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self._client.set_tag(run_id, name, value)
+
     def end_run(self, run_id: str, *, failed: bool = False) -> None:
         self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
@@ -167,10 +166,10 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.get_run(run_id)
+            run = self._client.get_run(run_id)
         except MlflowException:
             return False
-        return True
+        return bool(run.info.lifecycle_stage == "active")  # one that was deleted takes nothing more
 
     def run_of(self, card: Mapping[str, Any], digest: str) -> str:
         """The training run that a checkpoint's card names, if this registry has it; else a run of the checkpoint's own."""
@@ -258,7 +257,10 @@ class Registry:
             self._client.set_model_version_tag(self.model_name, str(number), key, value)
 
     def fetch(self, version: Version) -> Version:
-        """The version with its folder on this machine: downloaded once, whole or not at all."""
+        """The version with its folder on this machine: downloaded once, whole or not at all.
+
+        StageError where it cannot be had, or what comes is not what was registered.
+        """
         import mlflow.artifacts
         from mlflow.exceptions import MlflowException
 
@@ -275,11 +277,30 @@ class Registry:
                     raise StageError(
                         f"version {version.number} cannot be fetched from {version.source}: {reason}"
                     ) from error
+                digest = folder_digest(Path(got))
+                if (registered := version.tags.get(TAG_DIGEST, digest)) != digest:
+                    raise StageError(
+                        f"version {version.number} came damaged from {version.source}: its digest is {digest}, registered "
+                        f"was {registered}; try again, and register it again if it stays so"
+                    )
+                os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
                 with contextlib.suppress(OSError):  # another process was first, and its copy is as good
                     os.replace(got, target)
+            with contextlib.suppress(OSError):  # another process tidies too
+                self._tidy()
         if not target.is_dir():
             raise StageError(f"version {version.number} could not be fetched from {version.source} to {target}")
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(target)
         return replace(version, folder=target)
+
+    def _tidy(self) -> None:
+        """Delete what was fetched, or half fetched by somebody who died, and not asked for in a day; a few are kept."""
+        used = {folder: folder.stat().st_mtime for folder in self._cache.iterdir()}
+        for folder in sorted(used, key=lambda one: used[one], reverse=True)[_KEPT:]:
+            if time.time() - used[folder] > _UNUSED_S:
+                logger.info("%s, unused for a day, makes room for newer versions", folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def lock(self, timeout_s: float) -> contextlib.AbstractContextManager[Lease]:
         """Hold while aliases move: one writer in the whole registry, across processes and machines."""
@@ -340,6 +361,11 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         known = self._client.get_experiment_by_name(name)
+        if known is not None and known.lifecycle_stage != "active":
+            raise StageError(
+                f"experiment {name} was deleted in {self.tracking_uri}; restore it there, or set registry.experiment to "
+                "another name"
+            )
         if known is not None:
             return str(known.experiment_id)
         try:
@@ -427,7 +453,10 @@ class _PlainTalk:
 
 
 def _failure(uri: str, error: Exception) -> StageError:
-    return StageError(f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}")
+    """The failure in one line; TrackingUnreachable where it is a server that does not answer."""
+    told = f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}"
+    away = isinstance(error, OSError) or getattr(error, "error_code", None) in AWAY
+    return TrackingUnreachable(told) if away and uri.startswith(("http://", "https://")) else StageError(told)
 
 
 def _version(item: Any) -> Version:
@@ -439,14 +468,3 @@ def _version(item: Any) -> Version:
         created=f"{created:%Y-%m-%d %H:%M}" if created else "",
         tags=dict(item.tags),
     )
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put a copy of `source` at `target`, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        made = Path(work) / "made"
-        shutil.copytree(source, made)
-        if target.exists():
-            os.replace(target, Path(work) / "old")
-        os.replace(made, target)

@@ -19,7 +19,7 @@ from pipelines.calibrate import CalibrateResult
 from pipelines.cluster import Result, ray_session, run_stage
 from pipelines.config import Config, StageName
 from pipelines.distill import DistillResult
-from pipelines.errors import ConfigError, PromotionRefused, StageError
+from pipelines.errors import ConfigError, PromotionRefused, StageFailed
 from pipelines.evaluate import EvaluateResult
 from pipelines.promote import PromoteResult
 from pipelines.register import RegisterResult
@@ -66,7 +66,7 @@ def run(
 
     `watch(name)` opens what shows one stage's progress; without it `progress` is told of all, each by its name.
     `done(name, summary)` is told of what a stage made, and why the gate refused.
-    Raises StageError that names the stage which failed.
+    Raises StageFailed, which names the stage.
     """
     first, last = STAGES.index(config.run.first), STAGES.index(config.run.last)
     if first > last:
@@ -107,8 +107,8 @@ def _stage(name: StageName, stage: Callable[[Config, Progress], Result], config:
             return run_stage(name, stage, config, progress)
     except PromotionRefused:
         raise
-    except (MedusaError, ValueError) as error:
-        raise StageError(f"{name} failed: {error}") from error
+    except (MedusaError, ValueError, OSError) as error:
+        raise StageFailed(f"{name} failed: {error}") from error
     except Exception as error:
         error.add_note(f"in stage {name}; what was done before it is kept, run again to go on")
         raise

@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 
 from medusa.errors import MedusaError
 from pipelines.config import Config, load_config
+from pipelines.errors import StageFailed
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def quiet_libraries() -> None:
 
 
 def main(name: str, run: Callable[[Config, Progress], StageResult], argv: Sequence[str] | None = None) -> None:
-    """Command line of one stage. Exit code 0, 2 for an error that the user can mend (one line), 130 for Ctrl-C.
+    """Command line of one stage. Exit code 0, 130 for Ctrl-C, 2 for an error that the user can mend: one line that names
+    the stage.
 
     SIGTERM, which stops a submitted job, unwinds: what was started is stopped, the tracked run ends as failed.
     """
@@ -103,9 +105,10 @@ def main(name: str, run: Callable[[Config, Progress], StageResult], argv: Sequen
     try:
         config: Config = load_config(arguments.config, arguments.overrides)
         print(run_stage(name, run, config, log_progress).summary)  # noqa: T201
-    except (MedusaError, ValueError) as error:
+    except (MedusaError, ValueError, OSError) as error:
         logger.debug("stage failed", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        told = " ".join(str(error).split())
+        print(f"error: {told if isinstance(error, StageFailed) else f'{name} failed: {told}'}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

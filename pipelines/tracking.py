@@ -30,7 +30,13 @@ _TRIES, _WAIT_S = 3, 0.5
 _AT_ONCE = 900  # MLflow takes 1000 metrics in one request
 
 # What MLflow's client calls a server that does not answer, or answers that it cannot.
-_AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+AWAY = (
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+)
 # One request is tried for seconds, not for minutes: trying again is done here, where training does not wait for it.
 _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -172,8 +178,8 @@ def within_reach(call: Callable[[], Any], where: str) -> Any | None:
         with brief_requests():
             return _patiently(call)
     except (MlflowException, OSError, TrackingUnreachable) as error:
-        code = getattr(error, "error_code", _AWAY[0])
-        if not where.startswith(("http:", "https:")) or code not in _AWAY:
+        code = getattr(error, "error_code", AWAY[0])
+        if not where.startswith(("http:", "https:")) or code not in AWAY:
             raise
         reason = " ".join(str(error).split())[:200]
         logger.warning("MLflow at %s is out of reach (%s); training goes on without it", where, reason)

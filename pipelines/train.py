@@ -10,12 +10,15 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medusa.errors import MedusaError
+from medusa.folders import whole_folder
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config, TrainSection
@@ -23,12 +26,14 @@ from pipelines.errors import ConfigError, StageError
 from pipelines.failures import meaning
 from pipelines.memory import lower
 from pipelines.records import TRAIN, Answers, read_answers
-from pipelines.registry import Registry, folder_digest, open_registry, replace_folder, tracking_uri
+from pipelines.registry import TAG_DIGEST, Registry, folder_digest, open_registry, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
 from pipelines.tracking import JOURNAL, Journal, git_revision, mlflow_sender, within_reach
 from pipelines.tuning import check_tuning
 
 logger = logging.getLogger(__name__)
+
+TAG_CHECKPOINT = "medusa.checkpoint"  # of a run: the folder of its last checkpoint's heads
 
 _SHAPES_THE_RUN = {
     "method", "init_from", "steps", "warmup_steps", "final_lr_share", "weight_decay", "max_grad_norm", "loss_decay", "dtype",
@@ -90,9 +95,11 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
             _end(config, tracked, failed=True)
             raise
         with result.checkpoint.as_directory() as folder:
-            replace_folder(Path(folder) / HEADS, config.layout.checkpoint)
+            with whole_folder(config.layout.checkpoint) as made:
+                shutil.copytree(Path(folder) / HEADS, made, dirs_exist_ok=True)
             _send_rest(Path(folder) / JOURNAL, config, tracked)
-        _end(config, tracked, failed=False)
+        heads = f"{result.checkpoint.path}/{HEADS}"
+        _end(config, tracked, tags={TAG_CHECKPOINT: heads, TAG_DIGEST: folder_digest(config.layout.checkpoint)})
     progress(Step(done=config.train.steps, total=config.train.steps, note="steps"))
     metrics = result.metrics
     num_heads = sum(key.startswith("top1_") for key in metrics) if metrics["held_out_positions"] else 0
@@ -182,10 +189,24 @@ def _send_rest(journal: Path, config: Config, tracked: tuple[Registry, str] | No
         )  # fmt: skip
 
 
-def _end(config: Config, tracked: tuple[Registry, str] | None, *, failed: bool) -> None:
-    if tracked:
-        registry, run_id = tracked
-        within_reach(lambda: registry.end_run(run_id, failed=failed), tracking_uri(config))
+def _end(
+    config: Config, tracked: tuple[Registry, str] | None, *, tags: Mapping[str, str] | None = None, failed: bool = False
+) -> None:
+    """Tell MLflow how the run ended. Never raises: that would undo a finished training, or hide why one failed."""
+    from mlflow.exceptions import MlflowException
+
+    if tracked is None:
+        return
+    registry, run_id = tracked
+
+    def tell() -> None:
+        registry.tag_run(run_id, tags or {})
+        registry.end_run(run_id, failed=failed)
+
+    try:
+        within_reach(tell, tracking_uri(config))
+    except (MlflowException, MedusaError, OSError) as error:
+        logger.warning("run %s is not logged as ended: %s", run_id, " ".join(str(error).split())[:200])
 
 
 def _check_ended(result: Any) -> None:

@@ -15,8 +15,10 @@ from pipelines.cluster import ray_session
 from pipelines.config import Config, load_config
 from pipelines.errors import ConfigError, StageError
 from pipelines.records import CALIBRATION, TRAIN, answer_files, read_answers, scan
-from pipelines.registry import folder_digest, open_registry, resolve
+from pipelines.registry import TAG_DIGEST, folder_digest, open_registry
 from pipelines.stage import Step
+from pipelines.train import TAG_CHECKPOINT
+from tests.registered import champion_of
 
 STEPS = 10
 Configure = Callable[..., Config]
@@ -125,6 +127,8 @@ def test_training_lowers_the_loss_and_leaves_a_checkpoint_with_its_origin(
     card = load_checkpoint(trained.checkpoint).card
     assert card["Run"]["mlflow"] == trained.run_id
     assert card["Data"]["fingerprint"] == read_answers(configure().layout.distilled, TRAIN).fingerprint
+    tags = registry._client.get_run(trained.run_id).data.tags
+    assert folder_digest(Path(tags[TAG_CHECKPOINT])) == tags[TAG_DIGEST]
 
 
 def test_a_finished_run_is_not_repeated(configure: Configure, trained: train.TrainResult) -> None:
@@ -168,8 +172,8 @@ def test_from_checkpoint_to_champion(configure: Configure, trained: train.TrainR
     assert (registered.created, registered.run_id) == (True, trained.run_id)
     assert register.run(config).version == registered.version
     assert promote.run(config).champion == registered.version
-    champion = resolve(config)
-    assert champion.folder is not None
+    champion = champion_of(config)
+    assert champion is not None and champion.folder is not None
     assert folder_digest(champion.folder) == folder_digest(config.layout.checkpoint)
     medusa.load(config.backbone.name, heads=champion.folder, dtype="float32")
 
@@ -185,7 +189,8 @@ def test_the_demo_goes_all_the_way_over_what_is_there(configure: Configure, trai
     result = demo.run(config, console=Console(quiet=True))
     assert result.promoted
     assert result.report.is_file()
-    assert resolve(config).number == result.version
+    champion = champion_of(config)
+    assert champion is not None and champion.number == result.version
 
 
 def _copy_answers(config: Config, source: Config) -> Config:

@@ -17,6 +17,7 @@ from medusa.engine import Engine
 from medusa.heads import MedusaHeads
 from pipelines.answering import (
     TREE_BATCH_LIMIT,
+    Answerer,
     answer_prompts,
     cache_bytes,
     choose_tree,
@@ -27,7 +28,7 @@ from pipelines.answering import (
     turn_id,
 )
 from pipelines.answering import _prompt as _read
-from pipelines.config import Config, DistillSection
+from pipelines.config import BackboneSection, Config, DistillSection
 from pipelines.errors import StageError
 from pipelines.pool import adopt
 from pipelines.prompts import Prompt
@@ -123,7 +124,8 @@ def test_a_prompts_own_settings_win_over_the_configured(model: medusa.Model) -> 
     own = Prompt(id="p", source="test", turns=("a question",), temperature=1.0, top_p=0.9)
     (configured,) = answer_prompts(model, _engine(model), [(_prompt("p", "a question"), TRAIN)], warm)
     (given,) = answer_prompts(model, _engine(model), [(own, TRAIN)], SETTINGS)
-    assert given | {"sampling": ""} == configured | {"sampling": ""}
+    same = {"sampling": "", "asked": ""}
+    assert given | same == configured | same
     assert (given["temperature"], given["top_p"], given["seed"]) == (1.0, 0.9, sampling_seed(SETTINGS.seed, "p"))
     (other,) = answer_prompts(model, _engine(model), [(replace(own, seed=9), TRAIN)], SETTINGS)
     assert other["response_ids"] != given["response_ids"]
@@ -196,6 +198,39 @@ def test_answers_that_are_damaged_are_named(tmp_path: Path, place: int) -> None:
     with pytest.raises(StageError, match=rf"{file} is not a file of distilled answers that can be read") as caught:
         read_answers(tmp_path, TRAIN)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_no_utf8_is_named_with_its_file(tmp_path: Path) -> None:
+    pq.write_table(_table([_row("a", sampling="S" * 40)]), tmp_path / "1.parquet", compression="none")
+    content = (tmp_path / "1.parquet").read_bytes()
+    (tmp_path / "1.parquet").write_bytes(content.replace(b"S" * 40, b"\xff" * 40))
+    with pytest.raises(StageError, match=r"1\.parquet is not a file of distilled answers that can be read"):
+        read_answers(tmp_path, TRAIN)
+
+
+def test_training_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(_table([_row("a")]), tmp_path / "1.parquet")
+    asked: list[str] = []
+    read_table = pq.read_table
+
+    def read(file: Path, *, columns: list[str]) -> pa.Table:
+        asked.extend(columns)
+        return read_table(file, columns=columns)
+
+    monkeypatch.setattr(pq, "read_table", read)
+    assert len(read_answers(tmp_path, TRAIN).rows) == 1
+    assert not {"response", "source", "finish_reason"} & set(asked)
+
+
+def test_an_actor_with_another_backbone_than_the_answers_refuses_to_mix_them(
+    model: medusa.Model, tiny_folder: Path
+) -> None:
+    backbone = BackboneSection(name=str(tiny_folder), dtype="float32")
+    settings = SETTINGS.model_copy(update={"heads": "none", "context_length": 120, "threads": 1})
+    batch = prompt_table([(_prompt("p", "hello"), TRAIN)])
+    with pytest.raises(StageError, match=r"written by backbone another.*use another workdir"):
+        Answerer(backbone, settings, "another")(batch)
+    assert Answerer(backbone, settings, model.backbone.fingerprint)(batch).num_rows == 1
 
 
 def test_the_fingerprint_is_of_the_content_not_of_the_files(tmp_path: Path) -> None:

@@ -125,6 +125,12 @@ def test_a_report_of_the_same_inputs_stands_and_of_others_does_not(
     page.write_text(whole)
 
 
+def test_a_text_that_is_not_there_is_named_before_anything_is_measured(config: Config, tmp_path: Path) -> None:
+    settings = config.evaluate.model_copy(update={"text": tmp_path / "none.txt"})
+    with pytest.raises(ConfigError, match=r"evaluate\.text: cannot read .*none\.txt"):
+        evaluate.run(config.model_copy(update={"evaluate": settings}))
+
+
 def test_a_second_turn_stands_behind_the_models_own_first_answer(model: medusa.Model) -> None:
     first, second = ask(model, [Prompt(id="p", source="s", turns=("Hello", "More"))], 8, lambda _: None)
     answer = model.generate("Hello", max_tokens=8).token_ids

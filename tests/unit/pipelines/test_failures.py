@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def insert() -> None:
         database.executemany("insert into t values (?)", [("x" * 1000,)] * 100)
 
 
+def copy() -> None:
+    raise shutil.Error([("made/heads.safetensors", "checkpoint", "[Errno 28] No space left on device")])
+
+
 def behind_another() -> None:
     try:
         write_text()
@@ -66,7 +71,7 @@ def behind_another() -> None:
 
 
 @pytest.mark.skipif(not FULL_DEVICE.exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("write", [write_text, save_tensor, quota, insert, behind_another])
+@pytest.mark.parametrize("write", [write_text, save_tensor, quota, insert, copy, behind_another])
 def test_a_stage_that_meets_a_full_disk_ends_in_one_line(write: object, tmp_path: Path) -> None:
     def stage(config: Config, progress: Progress) -> StageResult:
         write()  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections import Counter
@@ -72,6 +73,24 @@ def test_a_death_while_settling_costs_nothing(deaths: int, tmp_path: Path, monke
     settle(tmp_path, "key")
     expected = [("x", None), ("y", "bad"), *((name, None) for name in "abcd")]
     assert Counter(_rows(tmp_path)) == Counter(expected)
+
+
+def test_a_disk_that_is_full_while_settling_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "a.parquet", ("x", None), ("y", "bad"))
+    _write(tmp_path / "b.parquet", ("y", None), ("z", None))
+    before = _rows(tmp_path)
+
+    def full(table: pa.Table, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):  # one line in `run_stage`
+        settle(tmp_path, "key")
+    assert _rows(tmp_path) == before
+    monkeypatch.undo()
+    settle(tmp_path, "key")
+    assert Counter(_rows(tmp_path)) == Counter([("x", None), ("y", None), ("z", None)])
 
 
 def test_what_a_worker_writes_after_its_run_was_adopted_is_not_there_twice(tmp_path: Path) -> None:

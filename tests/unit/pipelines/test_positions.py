@@ -150,4 +150,19 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(
 
     with pytest.raises(StageError, match="free some space"):
         kept_on_disk(tmp_path / "lane", fails(), reader.empty(), 100)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.bin")) == list(tmp_path.glob("*.part")) == []
+
+
+def test_what_a_killed_writer_left_makes_room_before_its_lane_is_written_again(
+    reader: PositionsReader, tmp_path: Path
+) -> None:
+    """Also what an earlier release named after a process; other lanes are other workers' business."""
+    for name in ("lane-1-of-12.hidden.part", "lane-1-of-12.hidden.4711.part", "lane-11-of-12.hidden.part"):
+        (tmp_path / name).write_bytes(b"half")
+
+    def parts():  # type: ignore[no-untyped-def]
+        assert [file.name for file in tmp_path.glob("*.4711.part")] == []
+        yield reader.read_all(ROWS[:1], 24)
+
+    kept_on_disk(tmp_path / "lane-1-of-12", parts(), reader.empty(), len(reader.read_all(ROWS[:1], 24).hidden))
+    assert [file.name for file in tmp_path.glob("*.part")] == ["lane-11-of-12.hidden.part"]

@@ -17,16 +17,7 @@ from pipelines.evaluate import Comparison
 from pipelines.listing import list_entries
 from pipelines.promote import PromoteResult, judge, stored_evaluation
 from pipelines.register import TAG_EVALUATION
-from pipelines.registry import (
-    CHALLENGER,
-    CHAMPION,
-    VERSION_FOLDER,
-    Registry,
-    Version,
-    folder_digest,
-    open_registry,
-    resolve,
-)
+from pipelines.registry import CHALLENGER, CHAMPION, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import (
     Case,
     Details,
@@ -38,6 +29,7 @@ from pipelines.report import (
     read_evaluation,
     write_report,
 )
+from tests.registered import champion_of
 
 GATE = PromoteSection(acceleration_margin=0.02, speedup_margin=0.1)
 GOOD = Evaluation(
@@ -205,11 +197,9 @@ def _register(registry: Registry, folder: Path, text: str, evaluation: Evaluatio
     return version
 
 
-def test_nothing_is_promoted_or_resolved_where_nothing_is_registered(config: Config) -> None:
+def test_nothing_is_promoted_where_nothing_is_registered(config: Config) -> None:
     with pytest.raises(StageError, match="run `register`"):
         promote.run(config)
-    with pytest.raises(StageError, match="champion"):
-        resolve(config)
     with pytest.raises(StageError, match="earlier champion"):
         promote.rollback(config)
 
@@ -231,9 +221,9 @@ def test_champions_follow_each_other_and_come_back(config: Config, registry: Reg
     better = _register(registry, tmp_path / "f", "better", replace(GOOD, acceleration_rate=2.5))
     result = _promote(config)
     assert (result.champion, result.previous) == (better.number, first.number)
-    folder = resolve(config).folder
-    assert folder is not None
-    assert (folder / "config.json").read_text() == "better"
+    champion = champion_of(config)
+    assert champion is not None and champion.folder is not None
+    assert (champion.folder / "config.json").read_text() == "better"
 
     worse = _register(registry, tmp_path / "f", "worse", replace(GOOD, acceleration_rate=1.5))
     with pytest.raises(PromotionRefused, match=r"acceleration rate 1\.50"):

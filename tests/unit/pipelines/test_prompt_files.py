@@ -183,6 +183,18 @@ def test_a_parquet_page_that_was_overwritten_is_found_while_reading(tmp_path: Pa
         read_prompts(file)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("x.parquet", "Parquet"), ("x.arrow", "Arrow")])
+def test_text_that_is_no_utf8_is_told_with_the_files_name(name: str, kind: str, tmp_path: Path) -> None:
+    table = pa.table({"prompt": pa.array([b"\xff\xfe no text"], pa.binary()).view(pa.string())})
+    if kind == "Parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(str(tmp_path / name), table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(ConfigError, match=rf"{name} is not a {kind} file that can be read: .*utf-8"):
+        read_prompts(tmp_path / name)
+
+
 @pytest.mark.parametrize("write", [_jsonl, _parquet])
 def test_an_unknown_shape_names_the_keys_it_saw(write: Write, tmp_path: Path) -> None:
     file = tmp_path / ("p.parquet" if write is _parquet else "p.jsonl")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from medusa.errors import MedusaError
 from pipelines import calibrate, evaluate, register, train
+from pipelines import run as run_module
 from pipelines.config import Config, load_config
 from pipelines.errors import StageError
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
@@ -24,6 +26,25 @@ def _echo(config: Config, progress: Progress = ignore_progress) -> _Result:
 
 def _fails(config: Config, progress: Progress = ignore_progress) -> _Result:
     raise MedusaError("no good: value 3, limit 2; lower it")
+
+
+def _writes(config: Config, progress: Progress = ignore_progress) -> _Result:
+    config.layout.root.mkdir(parents=True)
+    return _Result("written")
+
+
+def _denied(config: Config, progress: Progress) -> _Result:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def _runs(config: Config, progress: Progress = ignore_progress) -> _Result:
+    return run_module._stage("train", _denied, config, run_module.named(progress))
+
+
+def _refused(config: Config, progress: Progress = ignore_progress) -> _Result:
+    from mlflow.exceptions import MlflowException
+
+    raise MlflowException.invalid_parameter_value("a key twice")
 
 
 def test_a_stage_prints_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,14 +65,43 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], capsys: pyt
         main("echo", _echo, arguments)
     told = capsys.readouterr().err
     assert caught.value.code == 2
-    assert told.startswith("error: ")
+    assert told.startswith("error: echo failed: ")
     assert told.count("\n") == 1
 
 
 def test_an_error_of_the_stage_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main("fails", _fails, [])
-    assert (caught.value.code, capsys.readouterr().err) == (2, "error: no good: value 3, limit 2; lower it\n")
+    assert (caught.value.code, capsys.readouterr().err) == (
+        2,
+        "error: fails failed: no good: value 3, limit 2; lower it\n",
+    )
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        main("register", _writes, [f"workdir={tmp_path / 'file' / 'work'}"])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert told.startswith("error: register failed: ") and str(tmp_path / "file") in told and told.count("\n") == 1
+
+
+def test_a_stage_of_several_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main("run", _runs, [f"workdir={tmp_path}"])
+    assert capsys.readouterr().err == "error: train failed: [Errno 13] Permission denied\n"
+
+
+def test_what_mlflow_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main("register", _refused, [])
+    assert (caught.value.code, capsys.readouterr().err) == (
+        2,
+        "error: register failed: MLflow refuses: a key twice\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from medusa import folders
+from medusa.folders import whole_folder
+
+
+def _text(folder: Path) -> str:
+    return (folder / "text").read_text()
+
+
+def test_a_folder_is_replaced_by_what_was_written(tmp_path: Path) -> None:
+    for said in ("old", "new"):
+        with whole_folder(tmp_path / "made") as folder:
+            (folder / "text").write_text(said)
+    assert _text(tmp_path / "made") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("fails", ["the block", "the last move"])
+def test_a_folder_that_could_not_be_replaced_stays_as_it_was(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "text").write_text("old")
+    move = os.replace
+
+    def replace(source: Path, to: Path) -> None:
+        if fails == "the last move" and source.name == "made" and to == target:
+            raise OSError("the disk is gone")
+        move(source, to)
+
+    def write() -> None:
+        with whole_folder(target) as folder:
+            (folder / "text").write_text("new")
+            if fails == "the block":
+                raise OSError("the disk is gone")
+
+    monkeypatch.setattr(folders.os, "replace", replace)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write()
+    assert _text(target) == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
