@@ -31,7 +31,7 @@ class Answering:
     """What both generating routes do with a request and its prompts: chat messages, texts, or token ids."""
 
     def __init__(self, service: Service, settings: ServeSection) -> None:
-        self._service = service
+        self.service = service
         self._settings = settings
         self._tokens = TokenTexts(service.model.backbone.tokenizer)
 
@@ -39,7 +39,7 @@ class Answering:
         self, request: Request, body: GenerationRequest, prompts: Sequence[Any], reply_class: type[Reply]
     ) -> Response:
         """ApiError or MedusaError where the request is refused, before anything of a stream is sent."""
-        service, settings = self._service, self._settings
+        service, settings = self.service, self._settings
         service.check_name(body.model)
         if settings.log_prompts:
             note(request, lambda: {"prompts": list(prompts)})
@@ -64,14 +64,14 @@ class Answering:
 
     async def _encode(self, body: GenerationRequest, prompts: Sequence[Any]) -> list[list[int]]:
         """In a thread: megabytes of text must not hold up the streams of others. ApiError names the field."""
-        model = self._service.model
+        model = self.service.model
         try:
             return await asyncio.to_thread(lambda: [_token_ids(model, prompt) for prompt in prompts])
         except PromptError as error:
             raise bad_request(str(error), param=body.prompt_field) from None
 
     def _reply(self, body: GenerationRequest, request_id: str, reply_class: type[Reply]) -> Reply:
-        service = self._service
+        service = self.service
         return reply_class(
             request_id=request_id,
             created=int(time.time()),

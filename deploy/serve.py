@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -102,7 +101,7 @@ class Replica:
             host.stop()
 
 
-def _make_app(service: Service, settings: ServeSection) -> FastAPI:
+def _make_app(service: Service, settings: ServeSection) -> ASGIApp:
     return create_app(service, settings, behind_proxy=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,6 +272,32 @@ def test_reconfigure_follows_another_alias_at_once(
     assert health["version"] == "canary-v2"
     assert "version 3 cannot be served" in health["champion_error"]
     assert ask(url)["system_fingerprint"].endswith("_canary-v2")
+
+
+def test_what_was_replaced_is_freed_when_its_last_request_has_ended(host: ModelHost, url: str) -> None:
+    """Without a collection of garbage: an engine may be gigabytes, and Python collects when it likes."""
+    ask(url)
+    httpx.get(f"{url}/health"), httpx.get(f"{url}/v1/models"), httpx.get(f"{url}/v1/models/{ASK['model']}")
+    replaced = [weakref.ref(host.loop.lane.engine)]
+    gc.disable()
+    try:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=60) as response:
+            host.reconfigure({"context_length": 128})
+            assert "[DONE]" in "".join(response.iter_lines())
+        replaced.append(weakref.ref(host.loop.lane.engine))
+        host.reconfigure({"context_length": 64})
+        ask(url, max_tokens=4)
+        wait_until(lambda: [engine() for engine in replaced] == [None, None])
+    finally:
+        gc.enable()
+
+
+def test_an_app_that_was_replaced_is_garbage(host: ModelHost, url: str) -> None:
+    httpx.get(f"{url}/metrics"), httpx.get(f"{url}/"), httpx.get(f"{url}/openapi.json")
+    app = weakref.ref(host.app.newest._app)  # type: ignore[attr-defined]
+    host.reconfigure({"max_waiting": 1})
+    gc.collect()
+    assert app() is None
 
 
 def test_a_new_replica_serves_the_champion_before_a_damaged_one_and_follows(
