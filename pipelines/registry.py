@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -73,6 +74,11 @@ def tracking_uri(config: Config) -> str:
     return config.registry.tracking_uri
 
 
+def without_credentials(text: str) -> str:
+    """`text` with the user and password of each URI in it as ***: what may stand in a message, a log or `/health`."""
+    return re.sub(r"://[^/\s:@]*(:[^\s@]*)?@", "://***@", text)
+
+
 def open_registry(config: Config) -> Registry:
     """The registry of a configuration; its SQLite file is made on first use.
 
@@ -106,7 +112,8 @@ def await_server(uri: str, *, patience_s: float) -> None:
         except requests.RequestException as error:
             if time.monotonic() - began > patience_s:
                 raise TrackingUnreachable(
-                    f"no MLflow server answers at {uri} ({type(error).__name__}); start it, or set registry.tracking_uri"
+                    f"no MLflow server answers at {without_credentials(uri)} ({type(error).__name__}); "
+                    "start it, or set registry.tracking_uri"
                 ) from None
             time.sleep(0.5)
         else:
@@ -122,7 +129,7 @@ def resolve(config: Config, alias: str | None = None) -> Version:
     wanted = alias or config.serve.alias
     version = registry.aliased(wanted)
     if version is None:
-        name, uri = config.registry.model_name, registry.tracking_uri
+        name, uri = config.registry.model_name, without_credentials(registry.tracking_uri)
         raise NoSuchAlias(f"no version of {name} is {wanted!r} in {uri}; register and promote one")
     return registry.fetch(version)
 
@@ -271,14 +278,18 @@ class Registry:
                         artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
                     )
                 except (MlflowException, OSError) as error:
-                    reason = " ".join(str(error).split())[:200]
+                    source, reason = (
+                        without_credentials(version.source),
+                        without_credentials(" ".join(str(error).split())),
+                    )
                     raise StageError(
-                        f"version {version.number} cannot be fetched from {version.source}: {reason}"
+                        f"version {version.number} cannot be fetched from {source}: {reason[:200]}"
                     ) from error
                 with contextlib.suppress(OSError):  # another process was first, and its copy is as good
                     os.replace(got, target)
         if not target.is_dir():
-            raise StageError(f"version {version.number} could not be fetched from {version.source} to {target}")
+            source = without_credentials(version.source)
+            raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         return replace(version, folder=target)
 
     def lock(self, timeout_s: float) -> contextlib.AbstractContextManager[Lease]:
@@ -365,7 +376,7 @@ class RunLog:
             for name, value in values.items():
                 self._client.log_metric(self._run_id, name, value, step=step)
         except (MlflowException, OSError) as error:
-            logger.warning("metrics of step %d are not logged: %s", step, error)
+            logger.warning("metrics of step %d are not logged: %s", step, without_credentials(str(error)))
 
 
 def _client(tracking_uri: str) -> Any:
@@ -427,7 +438,8 @@ class _PlainTalk:
 
 
 def _failure(uri: str, error: Exception) -> StageError:
-    return StageError(f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}")
+    reason = without_credentials(" ".join(str(error).split()))[:300]
+    return StageError(f"the registry at {without_credentials(uri)} fails: {reason}")
 
 
 def _version(item: Any) -> Version:
