@@ -19,7 +19,7 @@ from deploy.api.token_text import TokenTexts
 from deploy.choices import collect, events
 from deploy.request_log import note
 from deploy.service import Service
-from deploy.submission import submit
+from deploy.submission import num_choices, submit
 from medusa.errors import PromptError
 from medusa.generate import Model
 from pipelines.config import ServeSection
@@ -44,6 +44,8 @@ class Answering:
         if settings.log_prompts:
             note(request, lambda: {"prompts": list(prompts)})
         request_id = f"{reply_class.id_prefix}-{uuid.uuid4().hex}"
+        # Before the work of megabytes of text: what would be refused whatever they say.
+        service.loop.check_room(num_choices(body, len(prompts), settings))
         choices = await submit(
             body,
             await self._encode(body, prompts),

@@ -137,6 +137,9 @@ class ScriptedLoop:
     def check_health(self) -> None:
         """Always well."""
 
+    def check_room(self, count: int) -> None:
+        """Always room."""
+
     async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Any = None) -> ScriptedAnswer:
         self.requests.append(request)
         return ScriptedAnswer(self, self._pieces(request, TextStream(self._tokenizer, stop)))
