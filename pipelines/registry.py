@@ -270,6 +270,7 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
+        source = without_credentials(version.source)
         if not target.is_dir():
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
@@ -278,17 +279,11 @@ class Registry:
                         artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
                     )
                 except (MlflowException, OSError) as error:
-                    source, reason = (
-                        without_credentials(version.source),
-                        without_credentials(" ".join(str(error).split())),
-                    )
-                    raise StageError(
-                        f"version {version.number} cannot be fetched from {source}: {reason[:200]}"
-                    ) from error
+                    reason = without_credentials(" ".join(str(error).split()))[:200]
+                    raise StageError(f"version {version.number} cannot be fetched from {source}: {reason}") from error
                 with contextlib.suppress(OSError):  # another process was first, and its copy is as good
                     os.replace(got, target)
         if not target.is_dir():
-            source = without_credentials(version.source)
             raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         return replace(version, folder=target)
 
