@@ -12,17 +12,12 @@ MEAN_WEIGHT = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How busy the loop is: requests with a slot and without, the slots for new requests, nodes of one sequence's tree."""
+    """How busy the loop is: requests with a slot and without, and the slots for new requests. While an old engine drains
+    more than `slots` may run."""
 
     running: int
     waiting: int
     slots: int
-    nodes: int
-
-    @property
-    def slot_use(self) -> float:
-        """Share of the slots that are taken, at most 1: while an old engine drains there are more than `slots`."""
-        return min(self.running / self.slots, 1.0)
 
 
 class Admission:

@@ -19,7 +19,7 @@ from deploy.api.token_text import TokenTexts
 from deploy.choices import collect, events
 from deploy.request_log import note
 from deploy.service import Service
-from deploy.submission import submit
+from deploy.submission import num_choices, submit
 from medusa.errors import PromptError
 from medusa.generate import Model
 from pipelines.config import ServeSection
@@ -31,7 +31,7 @@ class Answering:
     """What both generating routes do with a request and its prompts: chat messages, texts, or token ids."""
 
     def __init__(self, service: Service, settings: ServeSection) -> None:
-        self._service = service
+        self.service = service
         self._settings = settings
         self._tokens = TokenTexts(service.model.backbone.tokenizer)
 
@@ -39,11 +39,13 @@ class Answering:
         self, request: Request, body: GenerationRequest, prompts: Sequence[Any], reply_class: type[Reply]
     ) -> Response:
         """ApiError or MedusaError where the request is refused, before anything of a stream is sent."""
-        service, settings = self._service, self._settings
+        service, settings = self.service, self._settings
         service.check_name(body.model)
         if settings.log_prompts:
             note(request, lambda: {"prompts": list(prompts)})
         request_id = f"{reply_class.id_prefix}-{uuid.uuid4().hex}"
+        # Before the work of megabytes of text: what would be refused whatever they say.
+        service.loop.check_room(num_choices(body, len(prompts), settings))
         choices = await submit(
             body,
             await self._encode(body, prompts),
@@ -64,14 +66,14 @@ class Answering:
 
     async def _encode(self, body: GenerationRequest, prompts: Sequence[Any]) -> list[list[int]]:
         """In a thread: megabytes of text must not hold up the streams of others. ApiError names the field."""
-        model = self._service.model
+        model = self.service.model
         try:
             return await asyncio.to_thread(lambda: [_token_ids(model, prompt) for prompt in prompts])
         except PromptError as error:
             raise bad_request(str(error), param=body.prompt_field) from None
 
     def _reply(self, body: GenerationRequest, request_id: str, reply_class: type[Reply]) -> Reply:
-        service = self._service
+        service = self.service
         return reply_class(
             request_id=request_id,
             created=int(time.time()),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -20,6 +22,9 @@ from deploy.refusals import as_response
 from medusa.errors import MedusaError
 from pipelines.config import ServeSection
 
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0  # at the file of hashes, while requests come
 PREFIX = "sk-medusa-"  # so that secret scanners, and people, know what they have found
 OPEN_PATHS = frozenset({"/", "/health", "/metrics"})
 OPEN_FOLDERS = ("/playground/",)
@@ -61,25 +66,60 @@ def read_hashes(path: Path) -> tuple[str, ...]:
 
 
 class KeyRing:
-    """The keys that open the server."""
+    """The keys that open the server: `hashes`, and those that stand in `file`, which is read again when it has changed.
 
-    def __init__(self, hashes: Iterable[str]) -> None:
+    Raises KeyFileError for a bad file when it is made; later the keys that were read last go on, and the log says why.
+    """
+
+    def __init__(
+        self, hashes: Iterable[str], *, file: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._hashes = tuple(hashes)
+        self._file = file
+        self._clock = clock
+        self._looked_at = clock()
+        self._seen = _state(file)
+        self._from_file = read_hashes(file) if file is not None else ()
 
     @classmethod
     def of(cls, settings: ServeSection) -> KeyRing:
         """The configured keys and those of the configured file. Raises KeyFileError."""
-        from_file = read_hashes(settings.api_keys_file) if settings.api_keys_file is not None else ()
-        return cls((*settings.api_keys, *from_file))
+        return cls(settings.api_keys, file=settings.api_keys_file)
 
     def __bool__(self) -> bool:
-        return bool(self._hashes)
+        return bool(self._hashes or self._from_file)
 
     def opens(self, key: str) -> bool:
         """Whether `key` is one of ours. Every hash is compared in constant time, whichever matches."""
+        self._look()
         given = hash_key(key)
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]
+        matches = [hmac.compare_digest(given, known) for known in (*self._hashes, *self._from_file)]
         return any(matches)
+
+    def _look(self) -> None:
+        now = self._clock()
+        if self._file is None or now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        state = _state(self._file)
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            self._from_file = read_hashes(self._file)
+        except KeyFileError as error:
+            logger.warning("the API keys stay as they were: %s", error)
+        else:
+            logger.info("API keys read again from %s: %d", self._file, len(self._from_file))
+
+
+def _state(file: Path | None) -> tuple[int, ...] | None:
+    """What changes with a file's content, a mounted secret's too; None where there is no file."""
+    try:
+        found = file.stat() if file is not None else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found is not None else None
 
 
 class RequireKey:

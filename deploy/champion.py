@@ -13,7 +13,7 @@ from typing import Protocol
 
 from medusa.errors import MedusaError
 from pipelines.config import Config
-from pipelines.registry import CHAMPION, Registry, Version, open_registry
+from pipelines.registry import CHAMPION, Registry, Version, open_registry, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ MAX_PAUSE_S = 300.0
 
 
 class Source(Protocol):
-    """Where versions come from. Both raise MedusaError or OSError where the registry cannot be reached."""
+    """Where versions come from. Where the registry cannot be reached both raise MedusaError or OSError, or whatever a
+    client of an object store raises."""
 
     def bearer(self) -> Version | None: ...
 
@@ -96,11 +97,6 @@ class Follower:
         self._stopped.set()
 
     @property
-    def serving(self) -> int | None:
-        """Number of the version that new requests get; None for heads that are no version."""
-        return self._serving
-
-    @property
     def problem(self) -> str | None:
         """Why what is served may not be what bears the alias."""
         return self._refusal or self._unreachable
@@ -117,7 +113,7 @@ class Follower:
                 version = self._source.bearer()
                 wanted = version is not None and version.number not in (self._serving, self._refused)
                 fetched = self._source.fetch(version) if version is not None and wanted else None
-            except (MedusaError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 (it is told)
                 self._out_of_reach(error)
                 return
             self._in_reach(version)
@@ -129,15 +125,18 @@ class Follower:
             self._adopt(version)
         except Exception as error:
             logger.exception("version %d cannot be served; %s stays", version.number, self._serving or "what is served")
-            self._refused, self._refusal = version.number, f"version {version.number} cannot be served: {error}"
+            said = without_credentials(str(error))
+            self._refused, self._refusal = version.number, f"version {version.number} cannot be served: {said}"
         else:
             self._serving, self._refused, self._refusal = version.number, None, None
 
     def _out_of_reach(self, error: Exception) -> None:
+        told = isinstance(error, (MedusaError, OSError))  # by a message that says what it is
+        said = without_credentials(str(error) if told else f"{type(error).__name__}: {error}")
         if not self._failures:
-            logger.warning("the registry cannot be followed; what is served stays: %s", error)
+            logger.warning("the registry cannot be followed; what is served stays: %s", said)
         self._failures += 1
-        self._unreachable = f"the registry cannot be followed: {error}"
+        self._unreachable = f"the registry cannot be followed: {said}"
 
     def _in_reach(self, version: Version | None) -> None:
         if self._failures:

@@ -107,7 +107,9 @@ TreeChoice = Annotated[
         help="Nodes of the tree; dynamic: the likeliest for each context. Default: the checkpoint's choice.",
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or a shipped name: laptop, cluster.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file, or a shipped name: laptop, cluster, medusa2, demo.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file.")]
 
 

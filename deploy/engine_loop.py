@@ -66,7 +66,7 @@ class EngineLoop:
         self.metrics = metrics or Metrics()
         self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
         self._lanes = [self._current]  # the engine's thread: those that are stepped
-        self._stall_after_s = stall_after_s
+        self.stall_after_s = stall_after_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._readers: dict[str, Reader] = {}
         self._draining = False
@@ -95,9 +95,9 @@ class EngineLoop:
         """Take no more requests, for good; True once none is in flight, False when some still are after `timeout_s`."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._readers and not self._stopping and time.monotonic() < deadline:
+        while self.num_in_flight and not self._stopping and time.monotonic() < deadline:
             time.sleep(DRAIN_POLL_S)
-        return not self._readers
+        return not self.num_in_flight
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread after its current step; requests in flight get EngineUnavailable. May be called twice.
@@ -120,18 +120,14 @@ class EngineLoop:
 
     @property
     def num_in_flight(self) -> int:
+        """Requests that run or wait."""
         return len(self._readers)
 
     @property
     def load(self) -> Load:
-        engine = self._current.engine
-        running = min(sum(lane.engine.num_active for lane in list(self._lanes)), len(self._readers))
-        return Load(
-            running=running,
-            waiting=len(self._readers) - running,
-            slots=engine.max_batch_size,
-            nodes=engine.tree.num_nodes,
-        )
+        in_flight = self.num_in_flight
+        running = min(sum(lane.engine.num_active for lane in list(self._lanes)), in_flight)
+        return Load(running=running, waiting=in_flight - running, slots=self._current.engine.max_batch_size)
 
     def check_health(self) -> None:
         """Raises EngineUnavailable unless the thread lives and is idle or began its current round recently.
@@ -139,15 +135,20 @@ class EngineLoop:
         A loop that is found stuck is given up: its readers hear so now, and it takes no more requests.
         """
         began = self._awake_since
-        if not self._stopping and began is not None and time.monotonic() - began > self._stall_after_s:
+        if not self._stopping and began is not None and time.monotonic() - began > self.stall_after_s:
             self._stopping = True
-            self._ended = f"the engine has been in one step for more than {self._stall_after_s:g} s"
-            logger.error("%s; the loop is given up with %d requests in flight", self._ended, len(self._readers))
+            self._ended = f"the engine has been in one step for more than {self.stall_after_s:g} s"
+            logger.error("%s; the loop is given up with %d requests in flight", self._ended, self.num_in_flight)
             self._end_all(self._readers, EngineUnavailable(self._ended))
         if self._stopping or not self._thread.is_alive():
             raise EngineUnavailable(self._ended)
 
     # For an event loop
+
+    def check_room(self, count: int) -> None:
+        """EngineOverloaded where the last of `count` more requests would be refused now."""
+        in_flight = self.num_in_flight + count - 1
+        self.admission.check(in_flight=in_flight, slots=self._current.engine.max_batch_size)
 
     async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Lane | None = None) -> Answer:
         """Queue a request and return its pieces. Closing the answer, read or unread, cancels the request.
@@ -158,7 +159,7 @@ class EngineLoop:
         """
         lane = lane or self._current
         lane.engine.check(request)
-        self.admission.check(in_flight=len(self._readers), slots=self._current.engine.max_batch_size)
+        self.check_room(1)
         reader = Reader(
             request=request,
             lane=lane,
@@ -220,7 +221,7 @@ class EngineLoop:
         try:
             deltas = lane.engine.step()
         except Exception:
-            logger.exception("an engine step failed with %d requests in flight", len(self._readers))
+            logger.exception("an engine step failed with %d requests in flight", self.num_in_flight)
             self._recover(lane)
         else:
             for delta in deltas:

@@ -13,7 +13,7 @@ from medusa.errors import BackboneError, CheckpointError
 from medusa.generate import Model
 from medusa.pretrained import pretrained_heads
 from pipelines.config import BackboneSection, Config
-from pipelines.registry import Version, tracking_uri
+from pipelines.registry import Version, tracking_uri, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def first_model(config: Config) -> tuple[HeadsOrigin, Model]:
     bearer = source.bearer()
     if bearer is None:
         said = "no version is %r in %s: the default heads are served until one is"
-        logger.warning(said, config.serve.alias, tracking_uri(config))
+        logger.warning(said, config.serve.alias, without_credentials(tracking_uri(config)))
         return _default(config.backbone)
     try:
         version = source.fetch(bearer)

@@ -77,18 +77,24 @@ class CountErrors:
 def add_pages(app: FastAPI, metrics: Metrics) -> None:
     """Adds the routes, which need no API key: the page asks for one where its own requests do. To be called last."""
     app.add_middleware(CountErrors, metrics=metrics)
-    assets = {name: Asset(name) for name in MEDIA_TYPES}
+    app.state.metrics = metrics
+    app.state.assets = {name: Asset(name) for name in MEDIA_TYPES}
+    app.get("/", include_in_schema=False)(index)
+    app.get("/playground/{name}", include_in_schema=False)(asset)
+    app.get("/metrics", include_in_schema=False)(exposition)
 
-    @app.get("/", include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return assets["index.html"].reply(request)
 
-    @app.get("/playground/{name}", include_in_schema=False)
-    async def asset(name: str, request: Request) -> Response:
-        if name not in assets:
-            raise HTTPException(404)
-        return assets[name].reply(request)
+async def index(request: Request) -> Response:
+    return await asset("index.html", request)
 
-    @app.get("/metrics", include_in_schema=False)
-    def exposition() -> Response:  # in a thread of the pool: it takes a few milliseconds
-        return Response(metrics.prometheus.exposition(), media_type=metrics.prometheus.content_type)
+
+async def asset(name: str, request: Request) -> Response:
+    assets: dict[str, Asset] = request.app.state.assets
+    if name not in assets:
+        raise HTTPException(404)
+    return assets[name].reply(request)
+
+
+def exposition(request: Request) -> Response:  # in a thread of the pool: it takes a few milliseconds
+    outlet = request.app.state.metrics.prometheus
+    return Response(outlet.exposition(), media_type=outlet.content_type)

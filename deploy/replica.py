@@ -7,6 +7,7 @@ the tokenizer that wrote its prompt, the engine that answers it, the fingerprint
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -32,7 +33,11 @@ from pipelines.registry import Version
 logger = logging.getLogger(__name__)
 
 MakeApp = Callable[[Service, ServeSection], ASGIApp]
-_OF_THE_PROXY = ("host", "port")
+_FIXED = {
+    "host": "the proxy listens, set it in http_options",
+    "port": "the proxy listens, set it in http_options",
+    "drain_s": "Ray Serve waits for answers, set the deployment's graceful_shutdown_timeout_s",
+}
 _OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "tree", "adaptive_tree", "cuda_graphs")
 
 
@@ -54,7 +59,6 @@ class ModelHost:
         self.loop = EngineLoop(
             self._new_maker(),
             self._model.backbone.tokenizer,
-            stall_after_s=config.serve.stall_after_s,
             metrics=self._metrics,
         )
         self.app = NewestApp(self._front())
@@ -73,11 +77,16 @@ class ModelHost:
         problem = self._follower.problem
         return {"version": self.version} | ({"champion_error": problem} if problem else {})
 
-    def adopt(self, version: Version) -> None:
-        """Serve a fetched version to new requests; those that run end on the one that they began with."""
+    def adopt(self, version: Version, *, alias: str | None = None) -> None:
+        """Serve a fetched version to new requests; those that run end on the one that they began with.
+
+        Nothing happens where `alias`, by which it was found, is no longer the one that is followed.
+        """
         assert version.folder is not None
         model = successor(self._model, self._config.backbone, version.folder)
         with self._change():
+            if alias not in (None, self._settings.alias):
+                return
             self._model, self._origin = model, HeadsOrigin.of(version, self._settings.alias)
             self.loop.switch(self._new_maker(), model.backbone.tokenizer)
             self.app.newest = self._front()
@@ -127,6 +136,7 @@ class ModelHost:
         settings = self._settings
         admission = self.loop.admission
         admission.max_waiting, admission.max_wait_s = settings.max_waiting, settings.max_wait_s
+        self.loop.stall_after_s = settings.stall_after_s
         service = Service(
             name=self._name,
             model=self._model,
@@ -142,8 +152,11 @@ class ModelHost:
         return self._make_app(service, settings)
 
     def _follow(self) -> Follower:
-        source = RegistrySource(self._config, self._settings.alias)
-        return Follower(source, self.adopt, serving=self._origin.version, every_s=self._settings.follow_s).start()
+        alias, every_s = self._settings.alias, self._settings.follow_s
+        adopt = functools.partial(self.adopt, alias=alias)
+        return Follower(
+            RegistrySource(self._config, alias), adopt, serving=self._origin.version, every_s=every_s
+        ).start()
 
 
 class NewestApp:
@@ -163,9 +176,9 @@ class NewestApp:
 
 def overlaid(section: ServeSection, given: Mapping[str, Any]) -> ServeSection:
     """`section` with some of its keys set anew. ConfigError names what cannot be set, or not in a running replica."""
-    fixed = sorted(set(given) & set(_OF_THE_PROXY))
+    fixed = sorted(given.keys() & _FIXED.keys())
     if fixed:
-        raise ConfigError(f"user_config cannot set serve.{fixed[0]}: the proxy listens, set it in http_options")
+        raise ConfigError(f"user_config cannot set serve.{fixed[0]}: {_FIXED[fixed[0]]}")
     try:
         return ServeSection.model_validate(section.model_dump() | dict(given))
     except ValidationError as error:

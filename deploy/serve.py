@@ -13,10 +13,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -30,6 +30,7 @@ from deploy.service import Service
 from medusa.errors import MedusaError
 from pipelines.cluster import ray_session
 from pipelines.config import Config, ServeSection
+from pipelines.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +103,18 @@ class Replica:
             host.stop()
 
 
-def _make_app(service: Service, settings: ServeSection) -> FastAPI:
+def _make_app(service: Service, settings: ServeSection) -> ASGIApp:
     return create_app(service, settings, behind_proxy=True)
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of a Serve config file; `args` is the tree that a YAML configuration holds."""
+    """The application of a Serve config file; `args` is the tree that a YAML configuration holds.
+
+    ConfigError for a relative `workdir`: Serve calls this in a folder of Ray's own, which nobody can have meant.
+    """
+    workdir = args.get("workdir")
+    if workdir is not None and not Path(workdir).expanduser().is_absolute():
+        raise ConfigError(f"args.workdir {str(workdir)!r} is relative, to a folder of Ray's own; give an absolute path")
     return application(Config.model_validate(args))
 
 

@@ -14,10 +14,21 @@ from deploy.api.translate import sampling_params
 from deploy.choices import Choices
 from deploy.engine_loop import Answer
 from deploy.service import Service
-from medusa.config import SamplingParams
 from medusa.engine import Request as EngineRequest
 from medusa.errors import PromptError
 from pipelines.config import ServeSection
+
+
+def num_choices(request: GenerationRequest, num_prompts: int, settings: ServeSection) -> int:
+    """How many answers are asked for. ApiError where one request may not ask for so many."""
+    count = num_prompts * request.n
+    if count > settings.max_choices:
+        asked = f"n {request.n}" if num_prompts == 1 else f"n {request.n} for {num_prompts} prompts"
+        field = "n" if request.n > 1 else request.prompt_field
+        raise bad_request(
+            f"{asked} asks for {count} answers; one request may ask for {settings.max_choices}", param=field
+        )
+    return count
 
 
 async def submit(
@@ -30,27 +41,18 @@ async def submit(
 ) -> Choices:
     """Queue every choice. ApiError where the request can never work, EngineOverloaded or EngineUnavailable where not now;
     nothing of it then stays queued."""
-    count = len(prompts) * request.n
-    if count > settings.max_choices:
-        asked = f"n {request.n}" if len(prompts) == 1 else f"n {request.n} for {len(prompts)} prompts"
-        field = "n" if request.n > 1 else request.prompt_field
-        raise bad_request(
-            f"{asked} asks for {count} answers; one request may ask for {settings.max_choices}", param=field
-        )
     loop, vocab_size = service.loop, service.model.backbone.vocab_size
-    grammar = await asyncio.to_thread(grammar_of, request.response_format)
     params = [
-        sampling_params(
-            request,
-            room=loop.context_length - len(ids),
-            vocab_size=vocab_size,
-            settings=settings,
-            grammar=grammar,
-        )
+        sampling_params(request, room=loop.context_length - len(ids), vocab_size=vocab_size, settings=settings)
         for ids in prompts
     ]
+    grammar = await asyncio.to_thread(grammar_of, request.response_format)
     wanted = [
-        _engine_request(ids, each, choice=choice, request_id=f"{request_id}-{prompt}-{choice}")
+        EngineRequest(
+            prompt_ids=ids,
+            params=replace(each, choice=choice, grammar=grammar),
+            request_id=f"{request_id}-{prompt}-{choice}",
+        )
         for prompt, (ids, each) in enumerate(zip(prompts, params, strict=True))
         for choice in range(request.n)
     ]
@@ -59,10 +61,6 @@ async def submit(
     except PromptError as error:
         raise bad_request(str(error), param=request.prompt_field) from None
     return Choices(answers, num_prompt_tokens=sum(map(len, prompts)), timeout_s=settings.request_timeout_s)
-
-
-def _engine_request(ids: list[int], params: SamplingParams, *, choice: int, request_id: str) -> EngineRequest:
-    return EngineRequest(prompt_ids=ids, params=replace(params, choice=choice), request_id=request_id)
 
 
 async def _all_or_none(wanted: Sequence[EngineRequest], service: Service, stops: Sequence[str]) -> list[Answer]:

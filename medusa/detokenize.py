@@ -24,7 +24,7 @@ class TextStream:
             raise ValueError("a stop string is empty; give text or leave it out")
         self._tokenizer = tokenizer
         self._bytes = TokenBytes(tokenizer)
-        self._stop = tuple(stop)
+        self._stops = [_Stop(text) for text in stop]
         self._ids: list[int] = []
         self._anchor = 0
         self._read = 0
@@ -67,10 +67,8 @@ class TextStream:
         whole = self._whole(new)
         if whole != new and not final:
             return
-        searched = len(self._text)
-        self._text += whole
         self._anchor, self._read = self._read, len(self._ids)
-        self._cut_at_stop(searched)
+        self._append(whole)
 
     def _whole(self, text: str) -> str:
         """The unread tokens' `text` without what stands at its end for bytes that later tokens may complete.
@@ -93,23 +91,44 @@ class TextStream:
             self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _cut_at_stop(self, searched: int) -> None:
-        longest = max(map(len, self._stop), default=0)
-        begin = max(searched - longest + 1, 0)
-        found = ((self._text.find(stop, begin), len(stop)) for stop in self._stop)
-        hits = [(at + size, at) for at, size in found if at >= 0]
-        if hits:
-            _, at = min(hits)
-            self._text = self._text[:at]
-            self.stopped = True
+    def _append(self, text: str) -> None:
+        """Add `text`, cut before the stop string that is complete first; of several, before the longest."""
+        for count, character in enumerate(text if self._stops else "", start=1):
+            complete = [len(stop.text) for stop in self._stops if stop.push(character)]
+            if complete:
+                whole = self._text + text[:count]
+                self._text = whole[: len(whole) - max(complete)]
+                self.stopped = True
+                return
+        self._text += text
 
     def _held(self) -> int:
         """How many characters at the end may still become a stop string."""
-        most = max((len(stop) - 1 for stop in self._stop), default=0)
-        for size in range(min(most, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-size:]) for stop in self._stop):
-                return size
-        return 0
+        return max((stop.matched for stop in self._stops), default=0)
+
+
+class _Stop:
+    """One stop string, sought character by character at a cost that its length does not change (Knuth, Morris, Pratt).
+
+    The text so far ends in the first `matched` characters of it, and in no more of them.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        self._shorter = [0]  # the next shorter match, of each that there was
+
+    def push(self, character: str) -> bool:
+        """Read a character; True when the string is complete, after which none may come."""
+        self.matched = self._extended(self.matched, character)
+        if self.matched > len(self._shorter):
+            self._shorter.append(self._extended(self._shorter[-1], character))
+        return self.matched == len(self.text)
+
+    def _extended(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.text[matched] == character)
 
 
 def _replacements(text: str) -> int:

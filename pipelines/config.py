@@ -349,8 +349,8 @@ class ServeSection(Section):
     `acceptance`, `epsilon` and `delta` hold for requests above temperature 0 that say nothing of them. One request has at
     most `max_choices` answers (prompts × n), takes at most `request_timeout_s`, waiting included, and sends at most
     `max_body_bytes`. Where there are API keys, clients must send one: `api_keys` are their SHA-256 hashes, as
-    `medusa key new` prints them, `api_keys_file` has one hash a line. Browsers of `cors_origins` ("*": any) may ask.
-    `access_log` writes one JSON line a request, without what was asked unless `log_prompts`.
+    `medusa key new` prints them, `api_keys_file` has one hash a line and is read again when it changes. Browsers of
+    `cors_origins` ("*": any) may ask. `access_log` writes one JSON line a request, without what was asked unless `log_prompts`.
     """
 
     host: str = "127.0.0.1"

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -76,6 +77,11 @@ def tracking_uri(config: Config) -> str:
     return config.registry.tracking_uri
 
 
+def without_credentials(text: str) -> str:
+    """`text` with the user and password of each URI in it as ***: what may stand in a message, a log or `/health`."""
+    return re.sub(r"://[^/\s:@]*(:[^\s@]*)?@", "://***@", text)
+
+
 def open_registry(config: Config) -> Registry:
     """The registry of a configuration; its SQLite file is made on first use.
 
@@ -117,7 +123,7 @@ def await_server(uri: str, *, patience_s: float) -> None:
             reason = f"HTTP {status}"
         if time.monotonic() - began > patience_s:
             raise TrackingUnreachable(
-                f"no MLflow server answers at {uri} ({reason}); start it, or set registry.tracking_uri"
+                f"no MLflow server answers at {without_credentials(uri)} ({reason}); start it, or set registry.tracking_uri"
             )
         time.sleep(0.5)
 
@@ -265,6 +271,7 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
+        source = without_credentials(version.source)
         if not target.is_dir():
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
@@ -273,14 +280,12 @@ class Registry:
                         artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
                     )
                 except (MlflowException, OSError) as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise StageError(
-                        f"version {version.number} cannot be fetched from {version.source}: {reason}"
-                    ) from error
+                    reason = without_credentials(" ".join(str(error).split()))[:200]
+                    raise StageError(f"version {version.number} cannot be fetched from {source}: {reason}") from error
                 digest = folder_digest(Path(got))
                 if (registered := version.tags.get(TAG_DIGEST, digest)) != digest:
                     raise StageError(
-                        f"version {version.number} came damaged from {version.source}: its digest is {digest}, registered "
+                        f"version {version.number} came damaged from {source}: its digest is {digest}, registered "
                         f"was {registered}; try again, and register it again if it stays so"
                     )
                 os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
@@ -289,7 +294,7 @@ class Registry:
             with contextlib.suppress(OSError):  # another process tidies too
                 self._tidy()
         if not target.is_dir():
-            raise StageError(f"version {version.number} could not be fetched from {version.source} to {target}")
+            raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(target)
         return replace(version, folder=target)
@@ -391,7 +396,7 @@ class RunLog:
             for name, value in values.items():
                 self._client.log_metric(self._run_id, name, value, step=step)
         except (MlflowException, OSError) as error:
-            logger.warning("metrics of step %d are not logged: %s", step, error)
+            logger.warning("metrics of step %d are not logged: %s", step, without_credentials(str(error)))
 
 
 def _client(tracking_uri: str) -> Any:
@@ -454,7 +459,8 @@ class _PlainTalk:
 
 def _failure(uri: str, error: Exception) -> StageError:
     """The failure in one line; TrackingUnreachable where it is a server that does not answer."""
-    told = f"the registry at {uri} fails: {' '.join(str(error).split())[:300]}"
+    reason = without_credentials(" ".join(str(error).split()))[:300]
+    told = f"the registry at {without_credentials(uri)} fails: {reason}"
     away = isinstance(error, OSError) or getattr(error, "error_code", None) in AWAY
     return TrackingUnreachable(told) if away and uri.startswith(("http://", "https://")) else StageError(told)
 

@@ -85,9 +85,10 @@ def internal() -> ApiError:
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 for the first field that pydantic's `errors()` name: a client repairs one at a time. Places begin with "body".
 
-    A union gives errors of each of its members; the one that came deepest is the one that the client meant.
+    A union gives errors of each of its members; the one that came deepest, or whose type it is, the client meant.
     """
-    first = max((error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(_path(e)))
+    of_one_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(of_one_field, key=lambda error: (len(_path(error)), not error["type"].endswith("_type")))
     path = _path(first)
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "invalid JSON")

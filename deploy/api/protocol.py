@@ -18,6 +18,7 @@ from deploy.api.wire import Wire
 from medusa.config import MAX_BIAS, MAX_PENALTY, MAX_TOP_LOGPROBS, Scheme
 
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
 MAX_BIASED_TOKENS = 1024
 
 # Field → the values (null besides) that ask for nothing beyond what is done anyway.
@@ -37,7 +38,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON has no other keys than strings
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenLimit = Annotated[int, Field(ge=1)]
 
 
@@ -98,7 +99,7 @@ class GenerationRequest(Wire):
     top_k: Annotated[int, Field(ge=0)] = 0
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: StopText | list[StopText] = Field(default=[], max_length=MAX_STOPS)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] = Field(default=[])
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[TokenKey, Bias] = Field(default={}, max_length=MAX_BIASED_TOKENS)
@@ -122,6 +123,8 @@ class GenerationRequest(Wire):
     def _agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream: true")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("ignore_eos is not allowed with a response_format, which ends the answer; leave one out")
         return self
 
     @property

@@ -7,17 +7,16 @@ import secrets
 from deploy.api.errors import bad_request
 from deploy.api.protocol import GenerationRequest
 from medusa.config import SamplingParams
-from medusa.grammar import Grammar
 from pipelines.config import ServeSection
 
 
 def sampling_params(
-    request: GenerationRequest, *, room: int, vocab_size: int, settings: ServeSection, grammar: Grammar | None = None
+    request: GenerationRequest, *, room: int, vocab_size: int, settings: ServeSection
 ) -> SamplingParams:
     """How to decode `request`; `room` is how many tokens the context leaves for the answer, the default limit.
 
     A request without a seed gets a random one: two clients who ask the same must not get the same sample. What it
-    does not say of acceptance, the server's `settings` say. `grammar` is its response_format, compiled.
+    does not say of acceptance, the server's `settings` say. Its response_format, which takes long to compile, is left out.
     """
     _check_room(request, room)
     return SamplingParams(
@@ -35,7 +34,6 @@ def sampling_params(
         frequency_penalty=request.frequency_penalty,
         logit_bias=_logit_bias(request, vocab_size),
         logprobs=request.num_logprobs,
-        grammar=grammar,
     )
 
 

@@ -113,7 +113,8 @@ async function take(question) {
     const request = { model: chat.model, messages, ...fields, stream: true, stream_options };
     views[1]?.wait("Its turn comes when the other has ended, so that neither slows the other.");
     await stream(current, request, running.signal);
-    chat.messages = [...messages, { role: "assistant", content: current.text }];
+    // A chat that was left meanwhile for a new one is not gone on with.
+    if (root.isConnected) chat.messages = [...messages, { role: "assistant", content: current.text }];
     if (views[1]) {
       current = views[1];
       if (running.signal.aborted) current.wait("Stopped.");

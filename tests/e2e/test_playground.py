@@ -140,6 +140,21 @@ def test_escape_stops_and_frees_the_slot_and_the_chat_goes_on(page: Page, serve:
         assert page.run("document.getElementById('welcome').hidden") is False
 
 
+def test_a_new_chat_during_an_answer_knows_nothing_of_it(page: Page, serve: Callable, model: Model) -> None:
+    with serve() as (url, _):
+        open_page(page, url)
+        choose(page, scheme="rejection", max_tokens=180, temperature=1.5)
+        ask(page)
+        page.wait("document.querySelectorAll('.text .step').length > 2")
+        page.run("document.getElementById('new-chat').click()")
+        page.wait(IDLE)
+        choose(page, max_tokens=24)
+        ask(page, "Hello")
+        page.wait(f"{IDLE} && document.querySelector('.footer').textContent")
+    assert texts(page, ".text") == [model.generate([{"role": "user", "content": "Hello"}], max_tokens=24).text]
+    assert page.problems == []
+
+
 def test_a_refusal_is_told_and_can_be_tried_again(page: Page, serve: Callable) -> None:
     with serve() as (url, _):
         open_page(page, url)

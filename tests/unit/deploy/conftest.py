@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 import medusa
 from deploy.app import create_app
@@ -86,7 +86,7 @@ def make_loop(model: Model) -> Callable[..., contextlib.AbstractContextManager[E
 
 
 @contextlib.contextmanager
-def http_server(app: FastAPI) -> Iterator[str]:
+def http_server(app: ASGIApp) -> Iterator[str]:
     """`app` behind uvicorn on a free port of loopback; its base URL."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -136,6 +136,9 @@ class ScriptedLoop:
 
     def check_health(self) -> None:
         """Always well."""
+
+    def check_room(self, count: int) -> None:
+        """Always room."""
 
     async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Any = None) -> ScriptedAnswer:
         self.requests.append(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,3 +110,31 @@ def test_a_bad_file_is_refused_without_being_quoted(tmp_path: Path, text: str | 
     with pytest.raises(KeyFileError, match=words) as caught:
         read_hashes(file)
     assert "secret" not in str(caught.value)
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    file, now = tmp_path / "keys", [0.0]
+    file.write_text(hash_key("old"))
+    ring = KeyRing([hash_key("fixed")], file=file, clock=lambda: now[0])
+    (tmp_path / "new").write_text(f"{hash_key('new')}\n{hash_key('newer')}")
+    os.replace(tmp_path / "new", file)  # as a mounted secret changes
+    assert ring.opens("old"), "it is looked at once a second"
+    now[0] = 1.0
+    assert [ring.opens(key) for key in ("fixed", "old", "new", "newer")] == [True, False, True, True]
+
+
+def test_a_file_that_was_damaged_leaves_the_keys_as_they_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, now = tmp_path / "keys", [0.0]
+    file.write_text(hash_key("old"))
+    ring = KeyRing((), file=file, clock=lambda: now[0])
+    for damage in (lambda: file.write_text("sk-medusa-secret"), file.unlink):
+        damage()
+        caplog.clear()
+        for _ in range(3):
+            now[0] += 1
+            assert ring.opens("old") and not ring.opens("sk-medusa-secret")
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "secret" not in caplog.text
+    file.write_text(hash_key("new"))
+    now[0] += 1
+    assert ring.opens("new") and not ring.opens("old")

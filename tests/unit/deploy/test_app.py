@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -265,6 +266,27 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(make_loop: Callable, model:
     assert response.status_code == 500
     assert error_of(response)["type"] == "server_error"
     assert "secret" not in response.text
+
+
+def test_what_is_refused_anyway_is_not_read_first(
+    make_loop: Callable, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither are megabytes of text tokenised nor a schema compiled: here either would be a 500."""
+
+    class Unread(Model):
+        def encode(self, prompt: Any) -> list[int]:
+            raise AssertionError(prompt)
+
+    unread = Service(name="tiny", model=Unread(model.backbone, model.heads), loop=None, fingerprint="fp")  # type: ignore[arg-type]
+    with make_loop(max_waiting=0) as loop, http_server(create_app(replace(unread, loop=loop))) as url:
+        refused = [httpx.post(f"{url}/v1/chat/completions", json={**ASK, "n": n}) for n in (17, BATCH + 1)]
+    assert [response.status_code for response in refused] == [400, 429]
+
+    monkeypatch.setattr("deploy.submission.grammar_of", unread.model.encode)
+    asked = {**ASK, "response_format": {"type": "json_object"}, "max_tokens": CONTEXT}
+    with make_loop() as loop, http_server(create_app(replace(unread, loop=loop, model=model))) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=asked)
+    assert error_of(response)["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("stream", [False, True])

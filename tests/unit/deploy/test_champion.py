@@ -11,8 +11,10 @@ from deploy.champion import MAX_PAUSE_S, Follower, RegistrySource
 from medusa.errors import CheckpointError
 from pipelines.config import load_config
 from pipelines.errors import StageError, TrackingUnreachable
-from pipelines.registry import Version
+from pipelines.registry import Version, without_credentials
 from tests.unit.deploy.conftest import wait_until
+
+OUTAGE = TrackingUnreachable("no MLflow server answers")
 
 
 class FakeRegistry:
@@ -20,12 +22,12 @@ class FakeRegistry:
 
     def __init__(self) -> None:
         self.named: int | None = 1
-        self.unreachable = False
+        self.failure: Exception | None = None
         self.unfetchable: set[int] = set()
 
     def bearer(self) -> Version | None:
-        if self.unreachable:
-            raise TrackingUnreachable("no MLflow server answers")
+        if self.failure is not None:
+            raise self.failure
         return None if self.named is None else Version(number=self.named, source="s", run_id="r")
 
     def fetch(self, version: Version) -> Version:
@@ -69,7 +71,7 @@ def test_each_move_of_the_alias_is_adopted_once(follower: Follower, registry: Fa
         registry.named = named
         follower.look()
     assert adopted == [2, 3, 1]
-    assert (follower.serving, follower.problem) == (1, None)
+    assert follower.problem is None
 
 
 def test_a_version_that_cannot_be_served_is_told_and_tried_once(
@@ -80,12 +82,11 @@ def test_a_version_that_cannot_be_served_is_told_and_tried_once(
     for _ in range(3):
         follower.look()
     assert adopted.tried == [2]
-    assert follower.serving == 1
     assert follower.problem == "version 2 cannot be served: these heads were trained on another backbone"
     assert "version 2 cannot be served" in caplog.text
     registry.named = 3
     follower.look()
-    assert (adopted, follower.serving, follower.problem) == ([3], 3, None)
+    assert (adopted, follower.problem) == ([3], None)
 
 
 def test_a_rollback_from_a_version_that_cannot_be_served_clears_the_problem(
@@ -95,14 +96,14 @@ def test_a_rollback_from_a_version_that_cannot_be_served_clears_the_problem(
     for named in (2, 1):
         registry.named = named
         follower.look()
-    assert (follower.serving, follower.problem) == (1, None)
+    assert follower.problem is None
     assert adopted == []
 
 
 def test_an_outage_is_told_once_and_the_pauses_grow(
     follower: Follower, registry: FakeRegistry, adopted: Adopted, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry.unreachable, registry.named = True, 2
+    registry.failure, registry.named = OUTAGE, 2
     pauses = []
     with caplog.at_level(logging.INFO, logger="deploy.champion"):
         for _ in range(8):
@@ -112,7 +113,7 @@ def test_an_outage_is_told_once_and_the_pauses_grow(
         assert pauses == sorted(pauses)
         assert (pauses[0], pauses[-1]) == (20, MAX_PAUSE_S)
         assert follower.problem is not None
-        registry.unreachable = False
+        registry.failure = None
         follower.look()
     assert adopted == [2]
     assert (follower.problem, follower.pause_s) == (None, 10)
@@ -123,9 +124,9 @@ def test_a_refused_version_is_still_told_of_after_an_outage(
 ) -> None:
     adopted.bad, registry.named = {2}, 2
     follower.look()
-    registry.unreachable = True
+    registry.failure = OUTAGE
     follower.look()
-    registry.unreachable = False
+    registry.failure = None
     follower.look()
     assert adopted.tried == [2]
     assert follower.problem is not None
@@ -139,6 +140,24 @@ def test_artifacts_out_of_reach_are_tried_again(follower: Follower, registry: Fa
     registry.unfetchable = set()
     follower.look()
     assert adopted == [2]
+
+
+def test_no_error_of_a_source_ends_the_thread(registry: FakeRegistry, adopted: Adopted) -> None:
+    """A client of an object store raises errors of its own, and ImportError where it is not installed."""
+    registry.named, registry.failure = 2, ModuleNotFoundError("No module named 'boto3'")
+    follower = Follower(registry, adopted, serving=1, every_s=0.02).start()
+    wait_until(lambda: follower.problem is not None)
+    assert follower.problem == "the registry cannot be followed: ModuleNotFoundError: No module named 'boto3'"
+    registry.failure = None
+    wait_until(lambda: adopted == [2])
+    follower.stop()
+
+
+def test_no_password_is_told(follower: Follower, registry: FakeRegistry, caplog: pytest.LogCaptureFixture) -> None:
+    registry.failure = OSError("no answer from http://me:secret@mlflow:5000/x")
+    follower.look()
+    assert follower.problem == "the registry cannot be followed: no answer from http://***@mlflow:5000/x"
+    assert "secret" not in caplog.text
 
 
 def test_the_thread_looks_by_itself_until_it_is_stopped(registry: FakeRegistry, adopted: Adopted) -> None:
@@ -159,3 +178,22 @@ def test_looking_makes_no_registry(tmp_path: Path) -> None:
     config = load_config(None, [f"workdir={tmp_path / 'nothing'}"])
     assert RegistrySource(config, "champion").bearer() is None
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_registrys_failure_quotes_no_password(tmp_path: Path) -> None:
+    config = load_config(None, [f"workdir={tmp_path}", "registry.tracking_uri=nonsense://me:secret@database/x"])
+    with pytest.raises(StageError, match=r"nonsense://\*\*\*@database/x") as caught:
+        RegistrySource(config, "champion").bearer()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("at postgresql+psycopg2://me:p:w/d@db:5432/mlflow fails", "at postgresql+psycopg2://***@db:5432/mlflow fails"),
+        ("https://token@host, ftp://me:x@files/y", "https://***@host, ftp://***@files/y"),
+        ("s3://bucket/a@b, http://host:5000 and me@host", "s3://bucket/a@b, http://host:5000 and me@host"),
+    ],
+)
+def test_credentials_of_a_uri_are_left_out(text: str, told: str) -> None:
+    assert without_credentials(text) == told

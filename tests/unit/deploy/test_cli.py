@@ -19,7 +19,7 @@ from deploy import demo
 from deploy.api_keys import KeyRing
 from deploy.cli import STAGES, app
 from medusa.checkpoint import save_checkpoint
-from pipelines.config import Config
+from pipelines.config import CONFIGS, Config
 from tests.unit.medusa.tiny import random_heads
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -230,6 +230,13 @@ def test_a_new_key_opens_to_its_hash(medusa_cli: Callable[..., Result]) -> None:
 
 def test_version(medusa_cli: Callable[..., Result]) -> None:
     assert medusa_cli("version").stdout.strip() == medusa.__version__
+
+
+def test_help_names_every_shipped_configuration(medusa_cli: Callable[..., Result]) -> None:
+    told, readme = medusa_cli("run", "--help").stdout, (ROOT / "README.md").read_text()
+    for file in CONFIGS.glob("*.yaml"):
+        assert file.stem in told
+        assert f"`{file.stem}`" in readme
 
 
 def test_help_loads_nothing_heavy() -> None:

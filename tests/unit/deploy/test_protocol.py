@@ -116,6 +116,9 @@ def test_types_are_jsons() -> None:
         ({"top_logprobs": 2}, None, "logprobs: true"),
         ({"stop": [""]}, "stop.0", "at least 1"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop": "x" * 257}, "stop", "at most 256 characters"),
+        ({"stop": ["x", "x" * 257]}, "stop.1", "at most 256 characters"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None, "ignore_eos"),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema", "required"),
         ({"messages": []}, "messages", "at least 1"),
@@ -171,6 +174,11 @@ def test_every_form_of_prompts(prompt: Any, prompts: list[Any]) -> None:
 
 def test_best_of_n_passes() -> None:
     assert CompletionRequest.model_validate({**TEXT, "best_of": 3, "n": 3}).n == 3
+
+
+def test_stops_of_every_allowed_length_pass() -> None:
+    for stop in ("x", "x" * 256, ["x" * 256] * 16):
+        assert ChatRequest.model_validate({**CHAT, "stop": stop}).stops == ([stop] if isinstance(stop, str) else stop)
 
 
 def test_a_missing_field_is_named() -> None:

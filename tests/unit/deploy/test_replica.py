@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,9 +247,9 @@ def test_loading_a_backbone_disturbs_no_answer_under_way(
 
 def test_reconfigure_changes_limits_without_touching_the_engine(host: ModelHost, url: str) -> None:
     lane = host.loop.lane
-    host.reconfigure({"max_waiting": 0, "max_wait_s": 5})
+    host.reconfigure({"max_waiting": 0, "max_wait_s": 5, "stall_after_s": 7})
     assert host.loop.lane is lane
-    assert (host.loop.admission.max_waiting, host.loop.admission.max_wait_s) == (0, 5)
+    assert (host.loop.admission.max_waiting, host.loop.admission.max_wait_s, host.loop.stall_after_s) == (0, 5, 7)
     host.reconfigure({"context_length": 64})
     assert host.loop.lane is not lane
     assert (
@@ -270,6 +272,52 @@ def test_reconfigure_follows_another_alias_at_once(
     assert health["version"] == "canary-v2"
     assert "version 3 cannot be served" in health["champion_error"]
     assert ask(url)["system_fingerprint"].endswith("_canary-v2")
+
+
+def test_what_was_replaced_is_freed_when_its_last_request_has_ended(host: ModelHost, url: str) -> None:
+    """Without a collection of garbage: an engine may be gigabytes, and Python collects when it likes."""
+    ask(url)
+    httpx.get(f"{url}/health"), httpx.get(f"{url}/v1/models"), httpx.get(f"{url}/v1/models/{ASK['model']}")
+    replaced = [weakref.ref(host.loop.lane.engine)]
+    gc.disable()
+    try:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=60) as response:
+            host.reconfigure({"context_length": 128})
+            assert "[DONE]" in "".join(response.iter_lines())
+        replaced.append(weakref.ref(host.loop.lane.engine))
+        host.reconfigure({"context_length": 64})
+        ask(url, max_tokens=4)
+        wait_until(lambda: [engine() for engine in replaced] == [None, None])
+    finally:
+        gc.enable()
+
+
+def test_an_app_that_was_replaced_is_garbage(host: ModelHost, url: str) -> None:
+    httpx.get(f"{url}/metrics"), httpx.get(f"{url}/"), httpx.get(f"{url}/openapi.json")
+    app = weakref.ref(host.app.newest._app)  # type: ignore[attr-defined]
+    host.reconfigure({"max_waiting": 1})
+    gc.collect()
+    assert app() is None
+
+
+def test_a_champion_that_is_loaded_while_another_alias_is_chosen_is_not_served_under_it(
+    host: ModelHost,
+    champions: Champions,
+    save_heads: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def meanwhile(*given: Any) -> Model:
+        monkeypatch.undo()
+        host.reconfigure({"alias": "canary"})  # which nothing bears
+        return successor(*given)
+
+    monkeypatch.setattr("deploy.replica.successor", meanwhile)
+    champions.crown(save_heads(tmp_path / "heads"))
+    host._follower.look()
+    assert host.version == "plain"
+    host.reconfigure({})
+    assert host.version == "champion-v1"
 
 
 def test_a_new_replica_serves_the_champion_before_a_damaged_one_and_follows(
@@ -346,7 +394,12 @@ def test_only_champions_have_champions_before_them(
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"port": 1}, r"serve\.port"), ({"max_waitin": 1}, "max_waitin"), ({"max_batch_size": 0}, "max_batch_size")],
+    [
+        ({"port": 1}, r"serve\.port"),
+        ({"drain_s": 1}, "graceful_shutdown_timeout_s"),
+        ({"max_waitin": 1}, "max_waitin"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+    ],
 )
 def test_reconfigure_names_what_it_cannot_do(host: ModelHost, given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -16,6 +16,7 @@ from deploy import serve
 from deploy.replica import overlaid
 from medusa.errors import MedusaError
 from pipelines.config import Config, load_config
+from pipelines.errors import ConfigError
 
 FOLDER = Path(serve.__file__).parent
 FILES = sorted(FOLDER.glob("serve*.yaml"))
@@ -67,6 +68,13 @@ def test_the_deployment_exists_and_agrees_with_the_codes_defaults(deployment: di
 def test_a_replica_may_take_as_long_to_leave_as_its_answers_to_end() -> None:
     application = serve.build({"serve": {"drain_s": 77}})
     assert application._bound_deployment._deployment_config.graceful_shutdown_timeout_s == 77
+
+
+def test_a_relative_workdir_is_refused() -> None:
+    """It would be relative to where Ray's workers live."""
+    with pytest.raises(ConfigError, match="'medusa-demo' is relative"):
+        serve.build({"workdir": "medusa-demo"})
+    serve.build({"workdir": "~/medusa-demo"})
 
 
 def test_scaling_is_decided_by_our_policy() -> None:

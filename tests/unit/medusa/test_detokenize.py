@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from codecs import getincrementaldecoder
 from typing import Any
 
@@ -59,6 +60,32 @@ def test_the_first_stop_string_cuts_and_no_part_of_it_is_ever_shown(text: str, s
     found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
     assert shown == (text[: min(found)[1]] if found else text)
     assert stream.stopped == bool(found)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(alphabet="ab", max_size=25),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=8), min_size=1, max_size=3),
+)
+def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stops: list[str]) -> None:
+    stream, shown = TextStream(TOKENIZER, stops), ""
+    for token in ids_of(text):
+        if stream.push(token):
+            break
+        shown += stream.take()
+        held = [size for stop in stops for size in range(len(stop)) if stream.text.endswith(stop[:size])]
+        assert shown == stream.text[: len(stream.text) - max(held)]
+
+
+def test_long_stop_strings_cost_little() -> None:
+    """Sixteen at once, which a text of one letter always nearly is: a piece takes far less than a step."""
+    stream = TextStream(TOKENIZER, ["a" * 8000 + letter for letter in "bcdefghijklmnopq"])
+    ids = ids_of("a" * 400)
+    began = time.thread_time()
+    for token in ids:
+        stream.push(token)
+        stream.take()
+    assert (time.thread_time() - began) / len(ids) < 0.002
 
 
 def test_a_character_split_across_tokens_waits_until_it_is_whole() -> None:

@@ -131,6 +131,19 @@ def test_ray_is_the_version_that_the_image_installs_and_asks_for_a_token(name: s
         assert cluster["enableInTreeAutoscaling"] is True
 
 
+def test_what_submits_a_job_is_the_image_of_the_gpu_overlay() -> None:
+    """Which is changed in one place: another would not be pulled."""
+    used = {
+        container["image"]
+        for name in ("overlays/gpu", *JOBS)
+        for manifest in manifests(name)
+        for _, template in pods(manifest)
+        for container in template["spec"]["containers"]
+        if "medusa-ray" in container["image"]
+    }
+    assert len(used) == 1, used
+
+
 def test_gpu_workers_have_gpus_and_heads_have_none() -> None:
     for kind in ("RayCluster", "RayService"):
         for group, template in pods(the("overlays/gpu", kind)):
@@ -155,4 +168,4 @@ def test_metrics_are_scraped_from_a_port_that_ray_nodes_have() -> None:
 def test_every_kustomization_can_be_rendered() -> None:
     folder = ROOT / "deploy" / "kubernetes"
     found = {str(file.parent.relative_to(folder)) for file in folder.rglob("kustomization.yaml")}
-    assert found == {*ALL, "jobs/stage", "components/monitoring"}
+    assert found == {*ALL, "jobs/stage", "components/image", "components/monitoring"}
