@@ -96,7 +96,9 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
         return made
     kept = torch.load(file)
     if kept.pop("digest") != digest:
-        raise ValueError(f"{file} holds the positions of other rows, backbone, dtype, version or number of heads; remove it")
+        raise ValueError(
+            f"{file} holds the positions of other rows, backbone, dtype, version or number of heads; remove it"
+        )
     return Positions(**kept)
 
 
@@ -210,7 +212,9 @@ def main(
     source: Annotated[list[str] | None, typer.Option(help="sources of rows to use (default: all)")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to use (default: all)")] = None,
     positions: Annotated[Path | None, typer.Option(help="folder that keeps hidden states from run to run")] = None,
-    dtype: Annotated[str, typer.Option(help="of hidden states and products; the heads' weights are float32")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="of hidden states and products; the heads' weights are float32")
+    ] = "float32",
     threads: Annotated[int, typer.Option(help="torch threads; 0: as torch chooses")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:

@@ -122,7 +122,7 @@ def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medu
         ("hello", {"max_tokens": 10_000}, "ask for max_tokens"),
         ("hello", {"acceptance": "hopeful"}, "unknown acceptance 'hopeful'"),
         ("hello", {"epsilon": 1.5}, r"epsilon must lie in \(0, 1\]"),
-        ("hello", {"temperature": -1.0}, "temperature must be 0 or more"),
+        ("hello", {"temperature": -1.0}, r"temperature must lie in \[0, 100000\]"),
         ("hello", {"tree": 8}, "1 to 7 nodes"),
         ("hello", {"tree": 0}, "at least 1 node"),
         ("hello", {"tree": "dynamic:8"}, "1 to 7 nodes of its superset, got 8"),

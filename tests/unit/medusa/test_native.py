@@ -30,7 +30,9 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler here")
 needs_tiles = pytest.mark.skipif(library() is None or not has_tiles(), reason="no AMX here")
 
 
-@pytest.fixture(scope="module", autouse=True, params=[False, pytest.param(True, marks=needs_tiles)], ids=["vectors", "tiles"])
+@pytest.fixture(
+    scope="module", autouse=True, params=[False, pytest.param(True, marks=needs_tiles)], ids=["vectors", "tiles"]
+)
 def tiles(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Our kernels also where oneDNN would be chosen, with and without the processor's tiles."""
     with pytest.MonkeyPatch.context() as patch:
