@@ -21,6 +21,7 @@ PENALTIES = ("presence_penalty", "frequency_penalty")
 DEFAULT_EPSILON = 0.09
 DEFAULT_DELTA = 0.3
 MAX_PENALTY, MAX_BIAS, MAX_TOP_LOGPROBS = 2.0, 100.0, 20  # OpenAI's limits
+MAX_HEADS = 64  # or layers of one, in a file: a huge number in a tensor's name must not make us build all below it
 MIN_TEMPERATURE = 1e-5  # below it a distribution is its argmax, and logits divided by it may overflow float32
 MAX_TEMPERATURE = 1e5  # far above every use; logits are divided by it in float32
 
