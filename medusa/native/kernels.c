@@ -15,7 +15,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BF16__)
+#define HAS_TILES /* a virtual machine may show some of the three alone */
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -38,7 +39,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 _Static_assert(SIDE >= TILE, "ROOM holds TILE rows of two panels");
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
 _Static_assert(PANEL == 2 * SIDE, "a panel is two tiles wide");
 #endif
 
@@ -201,7 +202,7 @@ INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const 
 
 INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
 
 /* All eight tiles 16 rows of 64 bytes. Constant, since GCC does not see that loading it reads all of it. */
 static const struct {
@@ -509,7 +510,7 @@ int64_t medusa_lanes(void) { return LANES; }
 /* May this process multiply tiles of bfloat16? Asks Linux for it (for good: threads inherit it). */
 int64_t medusa_tiles(void)
 {
-#ifdef __AMX_BF16__
+#ifdef HAS_TILES
     const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
