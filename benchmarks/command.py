@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,13 @@ console = Console()
 def choose_trees(model: Model, choices: Sequence[str | int]) -> list[Tree | DynamicTree]:
     """The best tree of each size, or "dynamic:N"; without any the model's own. ValueError for what the heads cannot fill."""
     return [model.resolve_tree(choice) for choice in dict.fromkeys(choices)] or [model.tree]
+
+
+def labelled(folders: Sequence[str]) -> dict[str, str]:
+    """Label → folder of heads. Its name, or where several have one name the path as given, tells it apart."""
+    different = list(dict.fromkeys(folders))
+    named = Counter(Path(folder).name for folder in different)
+    return {folder if named[Path(folder).name] > 1 else Path(folder).name: folder for folder in different}
 
 
 def dtype_name(model: Model) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,13 @@ def in_groups(prompts: Sequence[list[int]], size: int) -> list[list[list[int]]]:
 def run_interleaved(
     contenders: Sequence[Contender], groups: Sequence[list[list[int]]], *, num_tokens: int, num_repeats: int
 ) -> list[Repeat]:
-    """Every contender on every group of prompts, `num_repeats` times over; who begins rotates from group to group."""
+    """Every contender on every group of prompts, `num_repeats` times over; who begins rotates from group to group.
+
+    ValueError where two have one name.
+    """
+    twice = [name for name, number in Counter(contender.name for contender in contenders).items() if number > 1]
+    if twice:
+        raise ValueError(f"several contenders are called {', '.join(twice)}; name each tree once")
     for contender in contenders:
         contender.answer(groups[0], WARM_UP_TOKENS)
     gc.collect()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ class Positions:
     weight: Tensor
 
 
+def weight_of(row: dict) -> float:
+    return SOURCE_WEIGHT.get(row["source"], 1.0)
+
+
 def is_held_out(row_id: str) -> bool:
     return int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
@@ -73,7 +78,7 @@ def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positi
         hidden.append(backbone.hidden_states(ids)[0, own].to(torch.bfloat16))
         targets.append(wanted[own])
         path.append(true_path(ids[0], num_heads)[own])
-        weight.append(torch.full((len(wanted[own]),), SOURCE_WEIGHT.get(row["source"], 1.0)))
+        weight.append(torch.full((len(wanted[own]),), weight_of(row)))
         if done % 100 == 0:
             console.print(f"hidden states of {done} of {len(rows)} rows")
     return Positions(
@@ -85,14 +90,16 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
     """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows."""
     if file is None:
         return positions_of(rows, backbone, num_heads)
-    answers = [[row["id"], row["response_ids"]] for row in rows]
+    answers = [[row["id"], weight_of(row), row["prompt_ids"], row["response_ids"]] for row in rows]
     made_by = [backbone.fingerprint, str(backbone.dtype), num_heads]
     told = json.dumps([list(Positions.__annotations__), *made_by, answers])
     digest = hashlib.sha256(told.encode()).hexdigest()
     if not file.exists():
         made = positions_of(rows, backbone, num_heads)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"digest": digest, **vars(made)}, file)
+        part = file.with_name(f"{file.name}.part")
+        torch.save({"digest": digest, **vars(made)}, part)
+        os.replace(part, file)
         return made
     kept = torch.load(file)
     if kept.pop("digest") != digest:
@@ -275,7 +282,7 @@ def main(
         paths=paths,
         backbone_name=DEFAULT_BACKBONE,
         backbone_fingerprint=backbone.fingerprint,
-        default_nodes=16,
+        default_nodes=min(16, len(paths) + 1),
         accuracy=accuracy,
         card={
             "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, MEDUSA-1, backbone frozen.",

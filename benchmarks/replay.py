@@ -19,16 +19,15 @@ from torch import Tensor
 
 import medusa
 from benchmarks.acceptance import answer_all
-from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
+from benchmarks.command import RESULTS, console, describe, dtype_name, labelled, run_command
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import Prompt, built_in, read_prompts
 from benchmarks.report import Grid, save
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import SamplingParams
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.replay import guessed_ranks, num_steps
-from medusa.tree import Path as TreePath
 from medusa.tree import Tree
 from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
 
@@ -81,23 +80,24 @@ def rates(answers: Sequence[Replayed], tree: Tree) -> dict[str, float]:
     return {name: sum(row[1] for row in rows) / sum(row[2] for row in rows) for name, rows in chosen.items()}
 
 
-def grown(answers: Sequence[Replayed]) -> list[TreePath]:
-    """The paths of the best tree for calibration answers."""
+def hits_of(answers: Sequence[Replayed]) -> HitTable:
+    """How often the heads were right on calibration answers."""
     hits = torch.stack([torch.cat([answer.ranks for answer in answers]) == rank for rank in range(MAX_RANKS)], dim=2)
     # Head k has no target at the last k − 1 positions of an answer.
     num_heads = hits.shape[1]
     counts = torch.tensor([sum(max(len(answer.ranks) - k, 0) for answer in answers) for k in range(num_heads)])
-    return grow_paths(HitTable(hits=hits.sum(dim=0), counts=counts).accuracy, MAX_NODES)
+    return HitTable(hits=hits.sum(dim=0), counts=counts)
 
 
-def keep(model: Model, paths: list[TreePath], folder: Path) -> None:
-    """The model's heads with another tree; their card says so."""
-    old = model.checkpoint
-    assert old is not None
+def keep(model: Model, hits: HitTable, folder: Path) -> None:
+    """The model's heads, as they are stored, with the tree grown from `hits`; their card says so."""
+    assert model.checkpoint is not None and model.checkpoint.folder is not None
+    old, paths = load_checkpoint(model.checkpoint.folder), grow_paths(hits.accuracy, MAX_NODES)
     told = f"Grown from answers to calibration prompts: `python -m benchmarks.replay`, {datetime.now(UTC).date()}."
     save_checkpoint(
         folder, old.heads, paths=paths, backbone_name=old.backbone_name, backbone_fingerprint=old.backbone_fingerprint,
-        default_nodes=old.default_nodes, accuracy=old.accuracy, adapters=old.adapters, card=old.card | {"Tree": told},
+        default_nodes=old.default_nodes and min(old.default_nodes, len(paths) + 1), accuracy=hits.accuracy,
+        temperatures=old.temperatures, adapters=old.adapters, card=old.card | {"Tree": told}, dtype=old.dtype,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def main(
     others = read_prompts(calibration, limit=calibration_limit) if calibration else []
     found: dict[str, dict[str, float]] = {}
     known: dict[str, list[list[Answered]]] = {}
-    for name in heads or ["default"]:
+    for label, name in labelled(heads or ["default"]).items():
         model = medusa.load(backbone, heads=name, dtype=dtype, device=device)
         assert model.checkpoint is not None
         tuned = "" if model.checkpoint.adapters is None else name  # the original answers for all heads that are its own
@@ -135,11 +135,11 @@ def main(
         answers, elsewhere = (replayed(model, some) for some in known[tuned])
         paths = {STORED: list(model.checkpoint.paths)}
         if others:
-            paths[GROWN] = grown(elsewhere)
+            paths[GROWN] = grow_paths(hits_of(elsewhere).accuracy, MAX_NODES)
         for how, size in ((how, size) for how in paths for size in tree or (16, 64)):
-            found[f"{Path(name).name}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
+            found[f"{label}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
         if kept is not None:
-            keep(model, paths[GROWN], kept)
+            keep(model, hits_of(elsewhere), kept)
     categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))
     table = Grid(
         title="Acceleration rate, greedy, replayed",

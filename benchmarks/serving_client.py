@@ -27,7 +27,7 @@ class Ending(enum.StrEnum):
     ERROR = "error"  # an error object, as the response or as the last event of a stream
     CUT = "cut"  # no connection, or one that broke: every client notices
     SILENT = "silent"  # a response that ended in good order and lacks its end: no client notices
-    IMPROPER = "improper"  # a refusal or an error that OpenAI's clients cannot read
+    IMPROPER = "improper"  # an answer, a refusal or an error that OpenAI's clients cannot read
     LATE = "late"  # nothing more came within the time limit
 
 
@@ -98,7 +98,7 @@ async def first_model(http: aiohttp.ClientSession, url: str, headers: Mapping[st
 
 async def ask(http: aiohttp.ClientSession, endpoint: Endpoint, prompt: Prompt) -> Outcome:
     """Ask once and read to the end. Never raises for what a server does."""
-    began = time.perf_counter()
+    began, body = time.perf_counter(), endpoint.body(prompt)
     stream = _Stream()
 
     def outcome(ending: Ending, detail: str = "", **known: Any) -> Outcome:
@@ -112,9 +112,7 @@ async def ask(http: aiohttp.ClientSession, endpoint: Endpoint, prompt: Prompt) -
     try:
         async with (
             asyncio.timeout(endpoint.timeout_s),
-            http.post(
-                f"{endpoint.url}/v1/chat/completions", json=endpoint.body(prompt), headers=endpoint.headers
-            ) as response,
+            http.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers) as response,
         ):
             if response.status != 200:
                 ending, wait_s = _judge_refusal(response.status, response.headers, text := await response.text())
@@ -126,6 +124,8 @@ async def ask(http: aiohttp.ClientSession, endpoint: Endpoint, prompt: Prompt) -
         return outcome(Ending.LATE, f"nothing more within {endpoint.timeout_s:g} s")
     except (aiohttp.ClientError, OSError) as error:
         return outcome(Ending.CUT, f"{type(error).__name__}: {error}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON, or not of the protocol's shape
+        return outcome(Ending.IMPROPER, f"{type(error).__name__}: {error}")
 
 
 def is_error_object(text: str) -> bool:

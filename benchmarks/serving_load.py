@@ -52,16 +52,22 @@ async def open_loop(
 ) -> tuple[list[Outcome], int]:
     """Poisson arrivals, `rate` a second for `seconds`, whatever happens to them; refused ones do not come back.
 
-    Returns how each ended, and how many were not sent since `max_open` were open already (0 in a valid run).
+    Returns how each ended, and how many were not sent since `max_open` were open already (0 in a valid run). What `ask`
+    raises ends the load and is raised.
     """
     draw = random.Random(seed)
     open_: set[asyncio.Task[Outcome]] = set()
     outcomes: list[Outcome] = []
     unsent = 0
+    failed: list[BaseException] = []
 
     def ended(task: asyncio.Task[Outcome]) -> None:
         open_.discard(task)
-        if not task.cancelled() and task.exception() is None:
+        if task.cancelled():
+            return
+        if error := task.exception():
+            failed.append(error)
+        else:
             outcomes.append(task.result())
 
     began = time.perf_counter()
@@ -70,6 +76,8 @@ async def open_loop(
     async with _awaited(open_):
         while arrival < seconds:
             await asyncio.sleep(max(0.0, began + arrival - time.perf_counter()))
+            if failed:
+                break
             if len(open_) < max_open:
                 task = asyncio.ensure_future(ask(number))
                 open_.add(task)
@@ -78,6 +86,8 @@ async def open_loop(
                 unsent += 1
             number += 1
             arrival += draw.expovariate(rate)
+    if failed:
+        raise failed[0]
     return outcomes, unsent
 
 

@@ -105,7 +105,8 @@ def encode(body: Any) -> bytes:
 
 def _bad_field(draw: random.Random, model: str) -> Attack:
     names = ["model", "messages", "max_tokens", "temperature", "top_p", "stop", "seed", "stream", "n", "logit_bias",
-             "response_format", "stream_options", "top_logprobs", "acceptance", "epsilon", "unknown"]  # fmt: skip
+             "response_format", "stream_options", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty",
+             "top_k", "tree_nodes", "acceptance", "epsilon", "delta", "unknown"]  # fmt: skip
     body = good_body(model, **{draw.choice(names): draw.choice(VALUES) for _ in range(draw.randint(1, 3))})
     return Attack(kind="field", payload=http_request(encode(body)))
 

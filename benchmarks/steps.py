@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.command import RESULTS, console, run_command
+from benchmarks.command import RESULTS, console, labelled, run_command
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.report import Grid, save
 from medusa.backbone import Backbone, load_backbone
@@ -74,8 +74,8 @@ def main(
     sizes = sorted({1, *(tree or (6, 16, 64))})
     model = load_backbone(backbone, dtype=dtype, device=device)
     decoders = {
-        Path(name).name: decoder_of(model, name, nodes=sizes[-1], batch=batch, length=length + 1)
-        for name in heads or ["default"]
+        label: decoder_of(model, name, nodes=sizes[-1], batch=batch, length=length + 1)
+        for label, name in labelled(heads or ["default"]).items()
     }
     seconds = time_steps(decoders, sizes, batch=batch, length=length, rounds=rounds)
     plain = median(value for by in seconds.values() for value in by[1])

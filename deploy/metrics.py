@@ -157,7 +157,7 @@ class _RequestRecords:
         if completion.finish_reason in self._success:
             self._success[completion.finish_reason](1)
         else:
-            self.failures["cancelled" if completion.finish_reason == "cancelled" else "engine"](1)
+            self.failures["engine"](1)
         self._e2e(seconds)
         self._queue(stats.queue_s)
         self._prefill(stats.prefill_s)

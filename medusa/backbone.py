@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -293,7 +294,7 @@ def load_backbone(
         # The fingerprint is taken in the stored type, since float16 rounds what bfloat16 keeps.
         stored = "auto" if torch_dtype == torch.float16 else torch_dtype
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=stored)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
             f"cannot load backbone {str(name)!r}: {reason} (give {DEFAULT_BACKBONE!r}, a model folder or a reachable hub id)"

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from medusa.adapters import Adapters, load_adapters, save_adapters
 from medusa.backbone import Backbone
-from medusa.config import HeadsConfig
+from medusa.config import MAX_HEADS, HeadsConfig
 from medusa.dynamic_tree import DynamicTree, superset_tree
 from medusa.errors import CheckpointError
 from medusa.folders import whole_folder
@@ -35,8 +36,10 @@ from medusa.tree import Path, Tree
 
 FORMAT = "medusa-ray/1"
 VOCABULARY = "vocabulary"
+DTYPE = torch.bfloat16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WEIGHTS, CONFIG, TREE, CARD = "medusa_heads.safetensors", "config.json", "tree.json", "README.md"
-_NAME = re.compile(r"heads\.(\d+)\.(?:blocks\.(\d+)\.(weight|bias)|lm_head\.weight)")
+_NAME = re.compile(r"heads\.(\d{1,9})\.(?:blocks\.(\d{1,9})\.(weight|bias)|lm_head\.weight)")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +47,8 @@ class Checkpoint:
     """Heads with all that is known of them. `paths` are in growth order; `accuracy` [K][R] is held-out, where measured.
 
     `temperatures` [K] make the heads' probabilities true, where fitted (confidence.py): dynamic trees go by them. With
-    `adapters` the heads belong to a tuned backbone; name and fingerprint are still those of the original.
+    `adapters` the heads belong to a tuned backbone; name and fingerprint are still those of the original. `dtype` is that
+    of the files: saved in it again, nothing is rounded.
     """
 
     heads: MedusaHeads
@@ -57,6 +61,7 @@ class Checkpoint:
     adapters: Adapters | None = None
     card: dict[str, Any] = field(default_factory=dict)
     folder: FilePath | None = None
+    dtype: torch.dtype = DTYPE
 
     def tree(self, num_nodes: int | None = None) -> Tree:
         """The best tree of `num_nodes` nodes, the root included (default: the checkpoint's own choice), in growth order:
@@ -87,12 +92,15 @@ def save_checkpoint(
     temperatures: Sequence[float] | None = None,
     adapters: Adapters | None = None,
     card: dict[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = DTYPE,
 ) -> FilePath:
-    """Write the folder, whole or not at all; an existing one is replaced. `card` is free text by heading for README.md."""
-    Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    """Write the folder, whole or not at all; an existing one is replaced. `card` is free text by heading for README.md.
+
+    ValueError where tree, `default_nodes` or `accuracy` fit neither the heads nor one another.
+    """
     target = FilePath(folder)
     rows = accuracy.tolist() if isinstance(accuracy, Tensor) else accuracy
+    _check_tree(paths, heads, default_nodes=default_nodes, accuracy=rows)
     config = {
         "format": FORMAT,
         "num_heads": heads.config.num_heads,
@@ -133,7 +141,8 @@ def load_checkpoint(
 
     K and the number of layers are read from the tensors. With `backbone`, its fingerprint must match (unless `force`)
     and its shapes must (always); the heads come in its step dtype on its device and, unless another `dtype` is asked
-    for, with weights laid out for decoding as its own are.
+    for, with weights laid out for decoding as its own are. Without, they come in float32, or in the files' type where
+    that is wider.
     """
     root = FilePath(folder)
     if not root.is_dir():
@@ -146,34 +155,46 @@ def load_checkpoint(
     weights = _read_weights(root / WEIGHTS)
     vocabulary = weights.pop(VOCABULARY, None)
     shape, hidden_size, vocab_size = _infer(weights, config, root / WEIGHTS)
+    adapters = load_adapters(root, config.get("adapters"))
+    stored = widest((*weights.values(), *(adapters.tensors.values() if adapters is not None else ())))
     if backbone is not None:
         _check_backbone(config, backbone, hidden_size, vocab_size, force=force)
     heads = MedusaHeads(
         shape,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
-        vocabulary=_check_vocabulary(vocabulary, vocab_size, root / WEIGHTS),
-        dtype=dtype or (backbone.step_dtype if backbone else torch.float32),
+        vocabulary=_check_vocabulary(vocabulary, shape, vocab_size, root / WEIGHTS),
+        dtype=dtype or (backbone.step_dtype if backbone else torch.promote_types(stored, torch.float32)),
         device=backbone.device if backbone else None,
     )
     _load_strictly(heads, weights, root / WEIGHTS)
     if backbone is not None and backbone.packs and dtype is None:
         heads.pack(backbone.linear)
-    adapters = load_adapters(root, config.get("adapters"))
     if adapters is not None and backbone is not None:
         adapters.check_fits(backbone.model)
+    paths, default_nodes, accuracy = _read_paths(root / TREE), config.get("default_nodes"), config.get("accuracy")
+    try:
+        _check_tree(paths, heads, default_nodes=default_nodes, accuracy=accuracy)
+    except ValueError as error:
+        raise CheckpointError(f"{root} holds no usable tree: {error}") from None
     return Checkpoint(
         heads=heads.eval(),
-        paths=_read_paths(root / TREE, heads),
+        paths=paths,
         backbone_name=str(config.get("backbone_name", "")),
         backbone_fingerprint=str(config.get("backbone_fingerprint", "")),
-        default_nodes=_check_nodes(config.get("default_nodes"), root / CONFIG),
-        accuracy=config.get("accuracy"),
+        default_nodes=default_nodes,
+        accuracy=accuracy,
         temperatures=_check_temperatures(config.get("temperatures"), heads, root / CONFIG),
         adapters=adapters,
         card=config.get("card") or {},
         folder=root,
+        dtype=stored,
     )
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest type that holds every one of these tensors exactly."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _read_json(path: FilePath) -> dict[str, Any]:
@@ -204,11 +225,16 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
     if foreign or not weights:
         raise CheckpointError(f"{path} holds unexpected tensors {foreign[:4]}: not Medusa heads of this format")
     found = [match for match in matches.values() if match]
+    odd = sorted({str(weight.dtype) for weight in weights.values() if weight.dtype not in DTYPES})
+    if odd:
+        raise CheckpointError(f"{path} holds tensors of {', '.join(odd)}; heads are stored in bfloat16 to float64")
     layers = [int(match[2]) for match in found if match[2]]
     first = weights.get("heads.0.blocks.0.weight")
     if not layers or first is None or first.dim() != 2:
         raise CheckpointError(f"{path} holds no residual block; expected heads.0.blocks.0.weight [D,D]")
     own = [weights[name] for name, match in matches.items() if match and not match[2]]
+    if any(lm_head.dim() != 2 for lm_head in own):
+        raise CheckpointError(f"{path}: the heads' lm_heads must be [V,D]; the file is damaged")
     if not own and not isinstance(config.get("vocab_size"), int):
         raise CheckpointError(f"{path.parent / CONFIG} names no vocab_size, which shared lm_heads need")
     shape = HeadsConfig(
@@ -217,6 +243,10 @@ def _infer(weights: dict[str, Tensor], config: dict[str, Any], path: FilePath) -
         lm_heads="own" if own else "shared",
         kind="hydra" if first.shape[1] == 2 * first.shape[0] else "medusa",
     )
+    if max(shape.num_heads, shape.num_layers) > MAX_HEADS:
+        raise CheckpointError(
+            f"{path} numbers {shape.num_heads} heads of {shape.num_layers} layers; more than {MAX_HEADS} is refused"
+        )
     for name, match in matches.items():
         if match and match[2] and match[3] == "weight":
             _check_block(weights[name], shape.num_read(int(match[1])) if match[2] == "0" else 0, f"{path}: {name}")
@@ -229,10 +259,31 @@ def _check_block(weight: Tensor, num_read: int, name: str) -> None:
         raise CheckpointError(f"{name} must be {want}, got {list(weight.shape)}; the file is damaged")
 
 
-def _check_nodes(value: Any, path: FilePath) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise CheckpointError(f"{path}: default_nodes must be a number of nodes, 1 or more, got {value!r}")
+def _check_tree(paths: Sequence[Path], heads: MedusaHeads, *, default_nodes: Any, accuracy: Any) -> None:
+    """ValueError unless paths, default size and accuracy [K][R] are such, and fit the heads and one another."""
+    tree = Tree.grown(paths)
+    tree.check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    if tree.num_nodes != len(paths) + 1:
+        raise ValueError(f"{len(paths)} tree paths make {tree.num_nodes - 1} nodes; leave out empty ones and doubles")
+    if default_nodes is not None and (
+        not isinstance(default_nodes, int)
+        or isinstance(default_nodes, bool)
+        or not 1 <= default_nodes <= tree.num_nodes
+    ):
+        raise ValueError(f"default_nodes must lie in [1, {tree.num_nodes}] with this tree, got {default_nodes!r}")
+    if accuracy is None:
+        return
+    num_ranks = 1 + max((rank for path in paths for rank in path), default=0)
+    if (
+        not isinstance(accuracy, Sequence)
+        or len(accuracy) != heads.num_heads
+        or not all(isinstance(row, Sequence) and num_ranks <= len(row) == len(accuracy[0]) for row in accuracy)
+        or not all(isinstance(one, (int, float)) and 0 <= one <= 1 for row in accuracy for one in row)
+    ):
+        raise ValueError(
+            f"accuracy must be {heads.num_heads} rows of equally many numbers in [0, 1], {num_ranks} or more for this tree, "
+            f"got {str(accuracy)[:80]}"
+        )
 
 
 def _check_temperatures(value: Any, heads: MedusaHeads, path: FilePath) -> tuple[float, ...] | None:
@@ -247,9 +298,11 @@ def _check_temperatures(value: Any, heads: MedusaHeads, path: FilePath) -> tuple
     return tuple(float(one) for one in value)
 
 
-def _check_vocabulary(ids: Tensor | None, vocab_size: int, path: FilePath) -> Tensor | None:
+def _check_vocabulary(ids: Tensor | None, shape: HeadsConfig, vocab_size: int, path: FilePath) -> Tensor | None:
     if ids is None:
         return None
+    if shape.lm_heads == "own":
+        raise CheckpointError(f"{path} holds a vocabulary, which heads with lm_heads of their own cannot have")
     wide = ids.long()
     if ids.dim() != 1 or not len(ids) or (wide.diff() <= 0).any() or wide[0] < 0 or wide[-1] >= vocab_size:
         raise CheckpointError(f"{path}: vocabulary must be ascending token ids below {vocab_size}; the file is damaged")
@@ -287,11 +340,9 @@ def _load_strictly(heads: MedusaHeads, weights: dict[str, Tensor], path: FilePat
     heads.load_state_dict(weights, strict=True)
 
 
-def _read_paths(path: FilePath, heads: MedusaHeads) -> list[Path]:
+def _read_paths(path: FilePath) -> list[Path]:
     value = _read_json(path).get("paths")
     try:
-        paths = [tuple(int(rank) for rank in ranks) for ranks in value]  # type: ignore[union-attr]
-        Tree.grown(paths).check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+        return [tuple(int(rank) for rank in ranks) for ranks in value]  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no usable tree: {error}") from None
-    return paths

@@ -21,7 +21,9 @@ PENALTIES = ("presence_penalty", "frequency_penalty")
 DEFAULT_EPSILON = 0.09
 DEFAULT_DELTA = 0.3
 MAX_PENALTY, MAX_BIAS, MAX_TOP_LOGPROBS = 2.0, 100.0, 20  # OpenAI's limits
+MAX_HEADS = 64  # or layers of one, in a file: a huge number in a tensor's name must not make us build all below it
 MIN_TEMPERATURE = 1e-5  # below it a distribution is its argmax, and logits divided by it may overflow float32
+MAX_TEMPERATURE = 1e5  # far above every use; logits are divided by it in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +127,12 @@ class SamplingParams:
             _require(name, getattr(self, name), Real, "a number")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must lie in [0, {MAX_TEMPERATURE:g}], got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must lie in [0, 2**31), 0 being off, got {self.top_k}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2**63), got {self.seed}")
         if not 0 <= self.choice < 2**31:
@@ -143,8 +145,8 @@ class SamplingParams:
             raise ValueError(f"delta must lie in (0, 1], got {self.delta}")
         if self.tree_nodes is not None:
             _require("tree_nodes", self.tree_nodes, Integral, "a whole number")
-            if self.tree_nodes < 1:
-                raise ValueError(f"tree_nodes must be at least 1 (plain decoding), got {self.tree_nodes}")
+            if not 1 <= self.tree_nodes < 2**31:
+                raise ValueError(f"tree_nodes must lie in [1, 2**31), 1 being plain decoding, got {self.tree_nodes}")
         if self.root not in get_args(RootChoice):
             raise ValueError(f"root must be one of {', '.join(get_args(RootChoice))}, got {self.root!r}")
         for name in PENALTIES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from pathlib import Path
 def whole_folder(target: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `target` when the block ends, and is gone if the block raises.
 
-    An existing `target` is replaced, and stays as it was where that fails.
+    An existing `target` is replaced, and stays as it was where that fails. What a writer had just taken away when it was
+    killed is put back first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
         made, old = Path(work) / "made", Path(work) / "old"
         made.mkdir()
@@ -28,3 +31,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 os.replace(old, target)
             raise
+
+
+def _put_back(target: Path) -> None:
+    """The old folder, where a writer was killed between taking it away and putting the new one in its place."""
+    if not target.exists():
+        # Of eight random characters, so none of another target's: `.name-more-xxxxxxxx`.
+        for old in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}/old"):
+            os.replace(old, target)
+            return

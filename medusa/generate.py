@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path as FilePath
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from medusa.attention import TreeKernel
 from medusa.backbone import Backbone, load_backbone
@@ -17,6 +19,7 @@ from medusa.detokenize import TextStream
 from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
+from medusa.grammar_masks import Guide
 from medusa.heads import MedusaHeads
 from medusa.hydra import check_tree
 from medusa.logprobs import TokenLogprob
@@ -65,7 +68,7 @@ class Model:
         self.backbone = backbone
         self.heads = heads
         self.checkpoint = checkpoint
-        self._engines: dict[tuple[Tree | DynamicTree, int], Engine] = {}
+        self._idle: Engine | None = None  # one alone, since each holds a cache
 
     @property
     def tree(self) -> Tree:
@@ -96,8 +99,10 @@ class Model:
             Request(prompt_ids=self.encode(prompt), params=params, request_id=str(i), on_token=stream.push)
             for i, (prompt, stream) in enumerate(zip(batch, streams, strict=True))
         ]
-        engine = self.engine(requests, tree=tree, max_batch_size=min(max_batch_size, len(batch)))
+        chosen = self._checked_tree(requests, tree)
+        engine = self._take_engine(requests, tree=chosen, max_batch_size=min(max_batch_size, len(batch)))
         done = {completion.request_id: completion for completion in engine.run(requests)}
+        self._idle = engine
         results = [_generation(done[str(i)], stream) for i, stream in enumerate(streams)]
         return results if many else results[0]
 
@@ -111,9 +116,7 @@ class Model:
         text = TextStream(self.backbone.tokenizer, _stops(stop))
         params = SamplingParams(**sampling)
         request = Request(prompt_ids=self.encode(prompt), params=params, on_token=text.push)
-        engine = self.engine([request], tree=tree, max_batch_size=1)
-        engine.submit(request)
-        return self._pieces(engine, request, text)
+        return self._pieces(request, self._checked_tree([request], tree), text)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, the chat template applied; a string is one user turn. Raises PromptError."""
@@ -121,11 +124,11 @@ class Model:
             if not prompt.strip():
                 raise PromptError("the prompt is empty; give some text")
             prompt = [{"role": "user", "content": prompt}]
-        items = list(prompt)
+        items = _items(prompt)
         if not items:
             raise PromptError("the prompt is empty; give text, chat messages or token ids")
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            return [int(cast(int, item)) for item in items]
+        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
+            return [int(item) for item in items]
         messages = [_message(item, index) for index, item in enumerate(items)]
         tokenizer = self.backbone.tokenizer
         if not tokenizer.chat_template:
@@ -185,27 +188,31 @@ class Model:
             raise ValueError("a dynamic tree needs a checkpoint's accuracies; give a DynamicTree of your own superset")
         return self.checkpoint.dynamic_tree(num_nodes)
 
-    def engine(self, requests: Sequence[Request], *, tree: TreeChoice, max_batch_size: int) -> Engine:
-        """An idle engine with room for these requests, kept for the next call of the same tree and batch.
-
-        One idle engine is kept, since each holds a cache. Raises PromptError before anything is allocated.
-        """
+    def _checked_tree(self, requests: Sequence[Request], tree: TreeChoice) -> Tree | DynamicTree:
+        """The tree asked for. PromptError and ValueError for what no engine could serve, before one is made."""
         chosen = self.resolve_tree(tree)
-        limit = self.backbone.max_context
         for request in requests:
-            check_request(request, context_length=limit, vocab_size=self.backbone.vocab_size)
-        need = max(len(request.prompt_ids) + request.params.max_tokens for request in requests)
-        key = (chosen, max_batch_size)
-        known = self._engines.get(key)
-        if known is None or known.has_work or known.context_length < min(need, limit):
-            length = min(max(2 * need, 512), limit)
-            self._engines = {k: engine for k, engine in self._engines.items() if k != key and engine.has_work}
-            known = self._engines[key] = Engine(
-                self.backbone, self.heads, tree=chosen, max_batch_size=max_batch_size, context_length=length
-            )
-        return known
+            check_request(request, context_length=self.backbone.max_context, vocab_size=self.backbone.vocab_size)
+            if request.params.grammar is not None:
+                Guide(request.params.grammar, self.backbone.grammar_vocabulary)
+        return chosen
 
-    def _pieces(self, engine: Engine, request: Request, text: TextStream) -> Iterator[Chunk]:
+    def _take_engine(self, requests: Sequence[Request], *, tree: Tree | DynamicTree, max_batch_size: int) -> Engine:
+        """An engine with room for these requests, the caller's alone: the idle one if it fits, else a new one.
+
+        It becomes the idle one again when its work is done; after an error or Ctrl-C within a step it is dropped.
+        """
+        need = max(len(request.prompt_ids) + request.params.max_tokens for request in requests)
+        idle, self._idle = self._idle, None
+        if idle and (idle.tree, idle.max_batch_size) == (tree, max_batch_size) and idle.context_length >= need:
+            return idle
+        idle = None  # its cache goes before another is made
+        length = min(max(2 * need, 512), self.backbone.max_context)
+        return Engine(self.backbone, self.heads, tree=tree, max_batch_size=max_batch_size, context_length=length)
+
+    def _pieces(self, request: Request, tree: Tree | DynamicTree, text: TextStream) -> Iterator[Chunk]:
+        engine = self._take_engine([request], tree=tree, max_batch_size=1)
+        engine.submit(request)
         step = 0
         try:
             while engine.has_work:
@@ -214,8 +221,9 @@ class Model:
                     piece = text.take() if done is None else text.take() + text.finish()
                     yield Chunk.of(piece, delta.token_ids, step, _generation(done, text) if done else None)
                     step += 1
-        finally:
+        except GeneratorExit:  # left early, between two steps
             engine.cancel(request.request_id)
+        self._idle = engine
 
 
 def load(
@@ -267,14 +275,20 @@ def _as_batch(prompts: Any) -> tuple[bool, list[Any]]:
     """(is it a list of prompts?, the list). A list of messages or of ids is one prompt; so is a string."""
     if isinstance(prompts, str):
         return False, [prompts]
-    if isinstance(prompts, dict) or not isinstance(prompts, Iterable):
-        raise PromptError(
-            f"a prompt is text, a list of chat messages or a list of token ids, got {str(prompts)[:80]!r}"
-        )
-    items = list(prompts)
-    if items and isinstance(items[0], (dict, int)):
+    items = _items(prompts)
+    if items and isinstance(items[0], (dict, Integral)):
         return False, [items]
     return True, items
+
+
+def _items(prompt: Any) -> list[Any]:
+    """What a prompt that is no text holds, or a list of prompts; tensors and arrays of token ids pass."""
+    try:
+        if not isinstance(prompt, dict):
+            return list(prompt.tolist() if isinstance(prompt, Tensor) else prompt)
+    except TypeError:  # holds nothing
+        pass
+    raise PromptError(f"a prompt is text, a list of chat messages or a list of token ids, got {str(prompt)[:80]!r}")
 
 
 def _message(item: Any, index: int) -> Message:

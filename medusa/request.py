@@ -10,7 +10,7 @@ from medusa.config import SamplingParams
 from medusa.errors import PromptError
 from medusa.logprobs import TokenLogprob
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "error"]
 Phase = Literal["prefill", "decode"]
 
 

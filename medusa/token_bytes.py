@@ -25,7 +25,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    @property
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
 
@@ -34,12 +34,16 @@ class TokenBytes:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None:
             return b""
-        if token_id in self._tokenizer.added_tokens_decoder:
+        if token_id in self._added_ids:
             return str(token).encode()
         if self._is_byte_level and all(char in self._alphabet for char in token):
             return bytes(self._alphabet[char] for char in token)
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else str(token).replace(_WORD_START, " ").encode()
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.added_tokens_decoder)
 
     @cached_property
     def _is_byte_level(self) -> bool:

@@ -47,7 +47,9 @@ class StepCosts:
         above = known[min(place, len(known) - 1)]
         below = above if batch >= above else known[max(place - 1, 0)]
         low, high = (self.seconds[b].get(nodes, float("inf")) for b in (below, above))
-        return low if above == below else low + (high - low) * (batch - below) / (above - below)
+        if above == below or float("inf") in (low, high):
+            return max(low, high)
+        return low + (high - low) * (batch - below) / (above - below)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,7 @@ def _result(config: Config, record: dict[str, Any], *, measured_before: bool = F
         temperatures=record.get("temperatures"),  # records of older versions have none
         adapters=checkpoint.adapters,
         card=checkpoint.card | {"Tree": told},
+        dtype=checkpoint.dtype,
     )
     return CalibrateResult(
         checkpoint=config.layout.checkpoint,

@@ -23,7 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
-from medusa.config import DEFAULT_DELTA, DEFAULT_EPSILON
+from medusa.config import DEFAULT_DELTA, DEFAULT_EPSILON, MAX_TEMPERATURE
 from pipelines.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -160,7 +160,7 @@ class DistillSection(Section):
     """
 
     max_tokens: PositiveInt = 256
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: NonNegativeInt = 0
     heads: NameOrFolder = "default"
@@ -255,11 +255,11 @@ def _scheme(text: str) -> str:
     if text == "greedy":
         return text
     try:
-        good = name in ("typical", "rejection") and 0 < float(temperature) < float("inf")
+        good = name in ("typical", "rejection") and 0 < float(temperature) <= MAX_TEMPERATURE
     except ValueError:
         good = False
     if not good:
-        raise ValueError('must be "greedy", "typical@T" or "rejection@T" with a temperature T above 0')
+        raise ValueError(f'must be "greedy", "typical@T" or "rejection@T", 0 < T <= {MAX_TEMPERATURE:g}, got {text!r}')
     return text
 
 

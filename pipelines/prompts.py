@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medusa.config import MAX_TEMPERATURE
 from medusa.errors import PromptError
 from pipelines.builtin_prompts import BUILTIN, NUM_CALIBRATION, NUM_TRAIN
 from pipelines.config import EvaluateSection, PromptsSection
@@ -149,7 +150,9 @@ def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
         source=str(row.get("source") or row.get("category") or source),
         turns=turns,
         system=system,
-        temperature=_number(row, "temperature", lambda value: value >= 0, "0 or more"),
+        temperature=_number(
+            row, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"
+        ),
         top_p=_number(row, "top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
         seed=_whole(row, "seed"),
     )

@@ -158,8 +158,7 @@ class Worker:
     def _save_heads(self, folder: Path, done: int, hits: HitTable | None) -> None:
         learner = self.engine.learner
         measured = hits is not None and bool(hits.counts.sum())
-        accuracy = hits.accuracy if hits is not None and measured else None
-        paths = self.paths if accuracy is None else grow_paths(accuracy, self.config.calibrate.max_nodes) or self.paths
+        grown = grow_paths(hits.accuracy, self.config.calibrate.max_nodes) if hits is not None and measured else []
         with self.engine.whole():
             if self.engine.rank:
                 return
@@ -167,10 +166,10 @@ class Worker:
             save_checkpoint(
                 folder,
                 learner.heads,
-                paths=paths,
+                paths=grown or self.paths,
                 backbone_name=learner.backbone.name,
                 backbone_fingerprint=learner.backbone.fingerprint,
-                accuracy=accuracy,
+                accuracy=hits.accuracy if hits is not None and grown else None,  # of heads that were right at all
                 adapters=learner.adapters(),
                 card=card,
             )

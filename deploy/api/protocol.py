@@ -96,7 +96,7 @@ class GenerationRequest(Wire):
     max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] = Field(default=[])
@@ -110,7 +110,7 @@ class GenerationRequest(Wire):
     acceptance: Scheme | None = None
     epsilon: Threshold | None = None
     delta: Threshold | None = None
-    tree_nodes: Annotated[int, Field(ge=1)] | None = None
+    tree_nodes: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="before")

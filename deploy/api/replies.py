@@ -22,7 +22,7 @@ from deploy.api.chat import (
     TopLogprob,
 )
 from deploy.api.completions import CompletionChoice, LegacyLogprobs, TextCompletion
-from deploy.api.token_text import TextOffsets, TokenTexts
+from deploy.api.token_text import TextOffsets, TokenTexts, shown
 from medusa.engine import Completion
 from medusa.logprobs import TokenLogprob as Scored
 
@@ -138,8 +138,8 @@ class ChatReply(Reply):
         return ChoiceLogprobs(content=entries)
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        tokens = self._tokens
-        return dict(token=tokens.text_of(token_id), logprob=_finite(logprob), bytes=list(tokens.bytes_of(token_id)))
+        token = self._tokens.bytes_of(token_id)
+        return dict(token=shown(token), logprob=_finite(logprob), bytes=list(token))
 
 
 class CompletionReply(Reply):

@@ -7,12 +7,16 @@ import codecs
 from medusa.token_bytes import TokenBytes
 
 
+def shown(token: bytes) -> str:
+    r"""As OpenAI shows a token: its text, with bytes that are no whole character as `\xf0\x9f`."""
+    return token.decode(errors="backslashreplace")
+
+
 class TokenTexts(TokenBytes):
     """Bytes and strings of single tokens."""
 
     def text_of(self, token_id: int) -> str:
-        r"""As OpenAI shows a token: its text, with bytes that are no whole character as `\xf0\x9f`."""
-        return self.bytes_of(token_id).decode(errors="backslashreplace")
+        return shown(self.bytes_of(token_id))
 
 
 class TextOffsets:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa.adapters import Adapters
 from medusa.backbone import Backbone
-from medusa.checkpoint import FORMAT, save_checkpoint
+from medusa.checkpoint import FORMAT, save_checkpoint, widest
 from medusa.config import HeadsConfig
 from medusa.errors import CheckpointError
 from medusa.formats.choices import CHOICES, read_choices
@@ -78,7 +77,7 @@ def import_heads(
         backbone_fingerprint=backbone.fingerprint,
         adapters=adapters,
         card={"Origin": {"imported from": Path(source).name, "format": found.format, "notes": found.notes or "none"}},
-        dtype=_widest(heads, adapters),
+        dtype=widest((*heads.parameters(), *(adapters.tensors.values() if adapters is not None else ()))),
     )
     return Imported(folder=folder, format=found.format, heads=heads.config, notes=tuple(found.notes))
 
@@ -200,11 +199,3 @@ def _tree(found: _Found, choices: str | Path | None, heads: MedusaHeads) -> list
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return paths
-
-
-def _widest(heads: MedusaHeads, adapters: Adapters | None) -> torch.dtype:
-    """The type in which nothing that was read is rounded."""
-    found: Any = next(heads.parameters()).dtype
-    for tensor in adapters.tensors.values() if adapters is not None else ():
-        found = torch.promote_types(found, tensor.dtype)
-    return found

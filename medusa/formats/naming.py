@@ -15,10 +15,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from medusa.config import MAX_HEADS
 from medusa.errors import CheckpointError
 from medusa.heads import MedusaHeads
-
-LIMIT = 64  # heads, or layers of one: a name with a huge number in it must not make us list all below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +113,10 @@ def read_heads(tensors: Mapping[str, Tensor], naming: Naming, where: object) -> 
         raise CheckpointError(f"{where} holds no residual block such as {example}: not Medusa heads of this layout")
     num_heads = 1 + max(int(found["head"]) for found in (*blocks, *lm_heads))
     num_layers = max([*(int(found["layer"]) + 1 for found in blocks), *(int(f.get("layer", 0)) for f in lm_heads)])
-    if max(num_heads, num_layers) > LIMIT:
-        raise CheckpointError(f"{where} numbers {num_heads} heads of {num_layers} layers; more than {LIMIT} is refused")
+    if max(num_heads, num_layers) > MAX_HEADS:
+        raise CheckpointError(
+            f"{where} numbers {num_heads} heads of {num_layers} layers; more than {MAX_HEADS} is refused"
+        )
     with_bias = not naming.bias_optional or any(found["part"] == "bias" for found in blocks)
     parts = ("weight", "bias") if with_bias else ("weight",)
     grid = [(k, layer, part) for k in range(num_heads) for layer in range(num_layers) for part in parts]
@@ -146,7 +147,7 @@ def belongs(name: str, naming: Naming) -> bool:
 def _numbered(template: str, names: Iterable[str]) -> list[dict[str, str]]:
     """The fields of the template in each name that fits it."""
     pattern = re.escape(template)
-    for field, values in (("head", r"\d+"), ("layer", r"\d+"), ("part", "weight|bias")):
+    for field, values in (("head", r"\d{1,9}"), ("layer", r"\d{1,9}"), ("part", "weight|bias")):
         pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{values})")
     return [match.groupdict() for match in map(re.compile(pattern).fullmatch, names) if match]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -48,14 +49,16 @@ def library() -> ctypes.CDLL | None:
 
 def _load(compiler: str, path: Path) -> ctypes.CDLL:
     """The library at `path`, compiled if it is not there; for this process alone where it cannot be kept there."""
-    if not path.exists():
+    with contextlib.suppress(OSError):  # a folder that may not be searched, a file that does not load
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as mine:
+        made = Path(mine) / path.name
+        _compile(compiler, made)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, path)
+            _keep(made, path)
         except OSError:  # closed to this user, read-only, full
-            with tempfile.TemporaryDirectory() as mine:
-                _compile(compiler, Path(mine) / path.name)
-                return ctypes.CDLL(str(Path(mine) / path.name))
+            return ctypes.CDLL(str(made))
     return ctypes.CDLL(str(path))
 
 
@@ -76,12 +79,15 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """The library appears whole or not at all; two processes may make it at once."""
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(path), "-lm"]
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S)
+
+
+def _keep(made: Path, path: Path) -> None:
+    """The library appears at `path` whole or not at all; two processes may make it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as work:
-        made = Path(work) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S)
-        os.replace(made, path)
+        os.replace(shutil.copy(made, work), path)
 
 
 def _share_thread_pool() -> None:

@@ -24,7 +24,7 @@
 #endif
 #endif
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && LANES == 16
-#define HAS_TILES
+#define HAS_TILES /* a virtual machine may show AMX alone */
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

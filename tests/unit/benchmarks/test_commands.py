@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ import medusa
 from benchmarks import acceptance, bench, command, distillation, interleaved, our_engines, replay, roofline, training
 from benchmarks.peers.engines import LLAMA, VLLM_HEADS
 from benchmarks.peers.process import Launch
-from medusa.checkpoint import load_checkpoint
+from medusa.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.generate import Model
 from medusa.heads import MedusaHeads
 from medusa.native.build import library
 from medusa.tree_policy import fit_policy
+from medusa.tree_search import HitTable
 
 NUM_TOKENS = 12
 
@@ -178,6 +180,31 @@ def test_replay_counts_what_the_engine_counts_and_keeps_the_tree_it_grew(
     assert all(torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="--calibration"):
         replay.main(kept=kept)
+
+
+def test_kept_heads_are_those_stored_with_a_default_that_the_new_tree_has(heads_folder: Path, tmp_path: Path) -> None:
+    old = load_checkpoint(heads_folder)
+    told = dict(paths=old.paths, backbone_name="b", backbone_fingerprint="f", default_nodes=5, temperatures=(0.5, 2.0))
+    wide = save_checkpoint(tmp_path / "wide", old.heads, dtype=torch.float32, **told)  # type: ignore[arg-type]
+    model = Model(None, old.heads, load_checkpoint(wide, dtype=torch.bfloat16))  # type: ignore[arg-type]
+    hits = HitTable(hits=torch.tensor([[3, 1], [0, 0]]), counts=torch.tensor([5, 4]))
+    replay.keep(model, hits, tmp_path / "kept")
+    kept = load_checkpoint(tmp_path / "kept")
+    assert (kept.paths, kept.default_nodes, kept.temperatures) == ([(0,), (1,)], 3, (0.5, 2.0))
+    assert kept.accuracy == [[0.6, 0.2], [0.0, 0.0]]
+    assert (tmp_path / "kept" / WEIGHTS).read_bytes() == (wide / WEIGHTS).read_bytes()
+
+
+def test_heads_of_one_name_are_told_apart_by_their_paths() -> None:
+    found = command.labelled(["w1/checkpoint", "w2/checkpoint", "x/tuned", "x/tuned", "default"])
+    assert found == {"w1/checkpoint": "w1/checkpoint", "w2/checkpoint": "w2/checkpoint", "tuned": "x/tuned",
+                     "default": "default"}  # fmt: skip
+
+
+def test_contenders_of_one_name_are_refused_before_they_begin() -> None:
+    one = SimpleNamespace(name="tree of 6", max_batch_size=1, answer=lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="several contenders are called tree of 6"):
+        interleaved.run_interleaved([one, one], [[[1]]], num_tokens=1, num_repeats=1)
 
 
 def test_distillation_writes_every_row_to_its_length_at_every_batch_size(

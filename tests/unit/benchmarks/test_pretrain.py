@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import pretrain
 from medusa.checkpoint import load_checkpoint
+from tests.unit.medusa.tiny import tiny_backbone
 
 NUM_KINDS = 8
 
@@ -50,3 +51,15 @@ def test_only_heads_that_read_the_path_learn_what_it_alone_tells(trained: dict[s
     for head in range(2):
         assert trained["hydra"][head] > 0.8 * best
         assert trained["medusa"][head] < 0.5 * best
+
+
+def test_kept_positions_are_those_of_the_same_prompts_answers_and_weights(tmp_path: Path) -> None:
+    backbone, file = tiny_backbone(vocab_size=300), tmp_path / "kept" / "train.pt"
+    row = {"id": "0", "source": "x", "prompt_ids": [5, 6, 7], "response_ids": answer(0)}
+    made = pretrain.kept_positions(file, [row], backbone, 2)
+    again = pretrain.kept_positions(file, [row], backbone, 2)
+    assert all(torch.equal(one, other) for one, other in zip(vars(made).values(), vars(again).values(), strict=True))
+    for change in ({"prompt_ids": [5, 6, 8]}, {"source": "gsm8k"}, {"response_ids": answer(1)}):
+        with pytest.raises(ValueError, match="holds the positions of other rows"):
+            pretrain.kept_positions(file, [{**row, **change}], backbone, 2)
+    assert list(file.parent.iterdir()) == [file]

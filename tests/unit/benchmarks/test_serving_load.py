@@ -79,6 +79,16 @@ def test_an_open_loop_says_what_it_could_not_send() -> None:
     assert unsent > 5
 
 
+def test_an_open_loop_raises_what_asking_raised() -> None:
+    async def ask(number: int) -> Outcome:
+        if number == 0:
+            raise KeyError("ours")
+        return made()
+
+    with pytest.raises(KeyError, match="ours"):
+        asyncio.run(open_loop(ask, rate=100, seconds=0.2))
+
+
 def test_figures_on_known_times() -> None:
     outcomes = [
         made(began=0, ended=2, first_text=0.5, gaps_s=(0.1, 0.3), num_tokens=4, text="yes"),

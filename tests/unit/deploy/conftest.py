@@ -87,8 +87,12 @@ def make_loop(model: Model) -> Callable[..., contextlib.AbstractContextManager[E
 
 @contextlib.contextmanager
 def http_server(app: ASGIApp) -> Iterator[str]:
-    """`app` behind uvicorn on a free port of loopback; its base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    """`app` behind uvicorn on a free port of loopback; its base URL.
+
+    Without WebSockets, which the service has none of: uvicorn 0.54 never answers a POST that asks for one.
+    """
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -48,6 +48,14 @@ def test_every_family_loads_from_a_folder_and_generates(tmp_path: Path, family: 
     assert len(out.token_ids) == 8 or out.finish_reason == "stop"
 
 
+def test_a_truncated_file_of_weights_is_named(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path / "llama", "llama")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BackboneError, match="cannot load backbone"):
+        load_backbone(folder)
+
+
 def test_one_folder_has_one_fingerprint_in_any_type(tmp_path: Path) -> None:
     folder = save_tiny_folder(tmp_path / "llama", "llama")
     types = ("float64", "float32", "bfloat16", "float16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa.checkpoint import CONFIG, WEIGHTS, load_checkpoint, save_checkpoint
 from medusa.errors import CheckpointError
+from medusa.folders import whole_folder
 from tests.unit.medusa.tiny import random_heads, tiny_backbone
 
 BACKBONE = tiny_backbone()
@@ -102,6 +104,34 @@ def test_a_changed_set_of_tensors_is_refused_by_name(tmp_path: Path, change: str
         load_checkpoint(folder, backbone=BACKBONE)
 
 
+@pytest.mark.parametrize(
+    ("lm_heads", "name", "tensor", "said"),
+    [
+        ("own", "vocabulary", torch.tensor([0, 3]), "holds a vocabulary"),
+        ("own", "heads.0.lm_head.weight", torch.tensor(1.0), r"lm_heads must be \[V,D\]"),
+        ("shared", "heads.99999999.blocks.0.bias", torch.zeros(32), "numbers 100000000 heads"),
+        ("shared", f"heads.{'9' * 5000}.blocks.0.bias", torch.zeros(32), "unexpected tensors"),
+        ("shared", "heads.1.blocks.0.bias", torch.zeros(32).long(), "tensors of torch.int64"),
+    ],
+)
+def test_a_tensor_that_no_heads_could_have_is_refused(
+    tmp_path: Path, lm_heads: str, name: str, tensor: torch.Tensor, said: str
+) -> None:
+    folder = saved(tmp_path, lm_heads=lm_heads)
+    save_file(load_file(folder / WEIGHTS) | {name: tensor}, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_is_loaded_and_saved_again_is_not_rounded(tmp_path: Path, dtype: torch.dtype) -> None:
+    told = dict(paths=PATHS, backbone_name="tiny", backbone_fingerprint=BACKBONE.fingerprint)
+    first = save_checkpoint(tmp_path / "a", random_heads(BACKBONE), dtype=dtype, **told)  # type: ignore[arg-type]
+    back = load_checkpoint(first)
+    again = save_checkpoint(tmp_path / "b", back.heads, dtype=back.dtype, **told)  # type: ignore[arg-type]
+    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("file", ["config.json", "tree.json", WEIGHTS])
 def test_missing_and_truncated_files_are_named(tmp_path: Path, file: str) -> None:
     folder = saved(tmp_path)
@@ -146,6 +176,48 @@ def test_a_tree_that_the_heads_cannot_fill_is_refused_on_both_sides(tmp_path: Pa
     (folder / "tree.json").write_text('{"paths": [[0, 1]]}')
     with pytest.raises(CheckpointError, match="prefix-closed"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"default_nodes": 6}, r"default_nodes must lie in \[1, 5\] with this tree, got 6"),
+        ({"default_nodes": 0}, "got 0"),
+        ({"default_nodes": True}, "got True"),
+        ({"accuracy": [[0.5, 0.1]] * 2}, "accuracy must be 3 rows of equally many numbers"),
+        ({"accuracy": [[0.5], [0.5], [0.5]]}, "2 or more for this tree"),
+        ({"accuracy": [[0.5, 0.1], [0.5, 0.1], [0.5, 0.1, 0.1]]}, "equally many"),
+        ({"accuracy": [[0.5, 1.5]] * 3}, "got .*1.5"),
+        ({"accuracy": [[0.5, "x"]] * 3}, "accuracy must be"),
+        ({"accuracy": 0.5}, "got 0.5"),
+        ({"paths": [(0,), (1,), (0,), (0, 0)]}, "4 tree paths make 3 nodes"),
+        ({"paths": [(), (0,), (1,), (0, 0)]}, "4 tree paths make 3 nodes"),
+    ],
+)
+def test_a_tree_its_size_and_its_accuracy_must_agree_on_both_sides(
+    tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    told = {"paths": PATHS, "backbone_name": "tiny", "backbone_fingerprint": "f", **wrong}
+    with pytest.raises(ValueError, match=said):
+        save_checkpoint(tmp_path / "x", random_heads(BACKBONE), **told)
+    assert not (tmp_path / "x").exists()
+    folder = saved(tmp_path)
+    for name in (CONFIG, "tree.json"):
+        known = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(known | {key: wrong[key] for key in wrong if key in known}))
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(folder)
+
+
+def test_what_a_killed_writer_took_away_is_put_back_by_the_next(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    for left in (".heads-abcd_123", ".heads-more-abcd_123"):
+        (tmp_path / left).mkdir()
+    folder.rename(tmp_path / ".heads-abcd_123" / "old")
+    (tmp_path / ".heads-more-abcd_123" / "old").mkdir()
+    with pytest.raises(OSError, match="full"), whole_folder(folder):
+        raise OSError("full")
+    assert load_checkpoint(folder).paths == PATHS
 
 
 def test_saving_again_replaces_the_folder_whole(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 
 from medusa.config import LogitBias, SamplingParams
+from medusa.sampling import SamplingRows
 
 
 @pytest.mark.parametrize(
@@ -27,9 +29,15 @@ from medusa.config import LogitBias, SamplingParams
         ({"logprobs": 21}, r"logprobs must lie in \[0, 20\], got 21"),
         ({"logprobs": -1}, "logprobs must lie"),
         ({"logprobs": True}, "logprobs must be a whole number or None, got True"),
+        ({"top_k": 2**31}, r"top_k must lie in \[0, 2\*\*31\), 0 being off, got 2147483648"),
+        ({"top_k": -1}, "top_k must lie"),
+        ({"tree_nodes": 10**20}, r"tree_nodes must lie in \[1, 2\*\*31\), 1 being plain decoding, got 1000"),
+        ({"tree_nodes": 0}, "tree_nodes must lie"),
+        ({"temperature": 1e39}, r"temperature must lie in \[0, 100000\], got 1e\+39"),
+        ({"temperature": float("nan")}, "temperature must lie"),
     ],
 )
-def test_what_edits_logits_is_refused_outside_its_limits(settings: dict[str, Any], said: str) -> None:
+def test_a_setting_outside_its_limits_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         SamplingParams(**settings)
 
@@ -38,6 +46,9 @@ def test_limits_themselves_are_allowed() -> None:
     params = SamplingParams(presence_penalty=-2, frequency_penalty=2, logit_bias={0: -100, 7: 100}, logprobs=20)
     assert dict(params.logit_bias) == {0: -100.0, 7: 100.0}
     assert SamplingParams(logprobs=0).logprobs == 0
+    wide = SamplingParams(top_k=2**31 - 1, tree_nodes=2**31 - 1, temperature=1e5)
+    rows = SamplingRows.of([wide], torch.device("cpu"))
+    assert (rows.top_k.item(), rows.max_nodes.item(), rows.temperature.item()) == (2**31 - 1, 2**31 - 1, 1e5)
 
 
 def test_a_bias_does_not_change_with_the_mapping_it_came_from_and_can_be_shared() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
+import gc
+import weakref
+from collections.abc import Callable
+from itertools import count, zip_longest
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import medusa
 from medusa.checkpoint import save_checkpoint
 from medusa.config import HeadsConfig
+from medusa.engine import Delta, Engine
 from medusa.heads import MedusaHeads
 
 
@@ -91,6 +97,56 @@ def test_two_streams_at_once_do_not_mix(model: medusa.Model) -> None:
     assert texts == [model.generate(prompt, max_tokens=12).text for prompt in ("hello", "other words")]
 
 
+def interrupted(model: medusa.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second step of generate()."""
+    step, steps = Engine.step, count()
+
+    def until_interrupted(engine: Engine) -> list[Delta]:
+        if next(steps):
+            raise KeyboardInterrupt
+        return step(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(["hello", "other words"], max_tokens=9)
+
+
+def not_begun(model: medusa.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        model.stream("hello", max_tokens=9)
+
+
+def ended_and_held(model: medusa.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose last piece was taken, and which is closed while another runs."""
+    held = model.stream("hello", max_tokens=2)
+    assert next(piece for piece in held if piece.generation)
+    other = model.stream("other words", max_tokens=9)
+    first = next(other)
+    held.close()  # type: ignore[attr-defined]
+    assert "".join((first, *other)) == model.generate("other words", max_tokens=9).text
+
+
+@pytest.mark.parametrize("use", [interrupted, not_begun, ended_and_held])
+def test_whatever_befell_a_model_it_works_and_keeps_at_most_one_cache(
+    model: medusa.Model, monkeypatch: pytest.MonkeyPatch, use: Callable
+) -> None:
+    made = weakref.WeakSet[Engine]()
+
+    class Watched(Engine):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            made.add(self)
+
+    monkeypatch.setattr("medusa.generate.Engine", Watched)
+    fresh = medusa.Model(model.backbone, model.heads, model.checkpoint)
+    use(fresh, monkeypatch)
+    gc.collect()
+    assert len(made) <= 1 and not any(engine.has_work for engine in made)
+    want = model.generate("hello", max_tokens=9).text
+    assert fresh.generate("hello", max_tokens=9).text == "".join(fresh.stream("hello", max_tokens=9)) == want
+
+
 def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
     assert model.tree.num_nodes == 5
     assert model.resolve_tree(3).paths == ((), (0,), (1,))
@@ -122,7 +178,7 @@ def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medu
         ("hello", {"max_tokens": 10_000}, "ask for max_tokens"),
         ("hello", {"acceptance": "hopeful"}, "unknown acceptance 'hopeful'"),
         ("hello", {"epsilon": 1.5}, r"epsilon must lie in \(0, 1\]"),
-        ("hello", {"temperature": -1.0}, "temperature must be 0 or more"),
+        ("hello", {"temperature": -1.0}, r"temperature must lie in \[0, 100000\]"),
         ("hello", {"tree": 8}, "1 to 7 nodes"),
         ("hello", {"tree": 0}, "at least 1 node"),
         ("hello", {"tree": "dynamic:8"}, "1 to 7 nodes of its superset, got 8"),
@@ -145,10 +201,18 @@ def test_bad_input_is_one_clear_error(model: medusa.Model, prompt: object, setti
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, {"role": "user", "content": "hi"}])
+@pytest.mark.parametrize("prompt", [None, 3, {"role": "user", "content": "hi"}, [None], [3.5], ["hello", 3]])
 def test_what_is_no_prompt_is_named(model: medusa.Model, prompt: object) -> None:
     with pytest.raises(medusa.PromptError, match="a prompt is text"):
         model.generate(prompt)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_arrays_of_token_ids_are_prompts(model: medusa.Model, make: Callable) -> None:
+    ids = model.encode("hello")
+    want = model.generate("hello", max_tokens=4).token_ids
+    assert model.generate(make(ids), max_tokens=4).token_ids == want
+    assert [one.token_ids for one in model.generate(make([ids, ids]), max_tokens=4)] == [want, want]
 
 
 @pytest.mark.parametrize("tree", [[0, 1], "x", 3.5])

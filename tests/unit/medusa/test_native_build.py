@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +50,32 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_time(
     monkeypatch.setattr(Path, "mkdir", closed)
     assert build.library() is not None
     assert not list(fresh.iterdir())
+
+
+@needs_kernels
+def test_neither_a_full_cache_nor_one_that_may_not_be_searched_keeps_the_kernels_away(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, exists = subprocess.run, Path.exists
+
+    def on_full_disk(command: list[str], **options: Any) -> Any:
+        if any(part.startswith(str(fresh)) for part in command):
+            raise subprocess.CalledProcessError(1, command, stderr="No space left on device")
+        return run(command, **options)
+
+    def refused(path: Path, *_: object, **__: object) -> Any:
+        if path.is_relative_to(fresh):
+            raise PermissionError("closed")
+        return exists(path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(subprocess, "run", on_full_disk)
+    monkeypatch.setattr(Path, "exists", refused)
+    monkeypatch.setattr(shutil, "copy", full)
+    assert build.library() is not None
+    assert not list(fresh.glob("native/*"))
 
 
 @pytest.mark.usefixtures("fresh")

@@ -74,6 +74,7 @@ def test_a_promise_within_the_noise_is_not_taken() -> None:
 def test_costs_between_measured_batches_lie_on_the_line_and_outside_are_the_nearest() -> None:
     table = costs({2: {1: 1.0, 4: 3.0}, 6: {1: 2.0}})
     assert [table.at(b, 1) for b in (1, 2, 3, 5, 6, 9)] == [1.0, 1.0, 1.25, 1.75, 2.0, 2.0]
+    assert costs({2: {1: 1.0}, 6: {1: 2.0}}).at(3, 4) == float("inf")
     assert table.at(2, 4) == 3.0 and table.at(3, 4) == table.at(6, 4) == float("inf"), "too dear to be measured"
 
 

@@ -61,6 +61,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Config:
         paths=[(0,)],
         backbone_name=model.backbone.name,
         backbone_fingerprint=model.backbone.fingerprint,
+        dtype=torch.float32,
     )
     answer = model.generate([3, 4, 5], max_tokens=24, ignore_eos=True).token_ids
     row = {
@@ -78,7 +79,8 @@ def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(
     trained = {file.name: file.read_bytes() for file in config.layout.checkpoint.iterdir()}
     first = calibrate.run(config)
     calibrated = folder_digest(config.layout.checkpoint)
-    assert load_checkpoint(config.layout.checkpoint).default_nodes == first.num_nodes
+    given = load_checkpoint(config.layout.checkpoint)
+    assert (given.default_nodes, given.dtype) == (first.num_nodes, torch.float32)
     for name, content in trained.items():  # what a repeated `train` puts there
         (config.layout.checkpoint / name).write_bytes(content)
 
