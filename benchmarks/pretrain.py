@@ -35,7 +35,7 @@ from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 from medusa.losses import HEAD_DECAY, IGNORE, head_targets, true_path
-from medusa.pretrained import pretrained_heads
+from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree_search import MAX_RANKS, HitTable, count_hits, expected_tokens, grow_paths
 
@@ -196,8 +196,7 @@ def batches(positions: Positions, size: int) -> Iterator[Tensor]:
 def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> MedusaHeads:
     """Fresh heads of this shape ("none"), the shipped ones ("default"), or those of a folder, over the whole vocabulary."""
     if start_from != "none":
-        folder = pretrained_heads(backbone.name) if start_from == "default" else Path(start_from)
-        trained = load_checkpoint(folder, backbone=backbone).heads
+        trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone).heads
         config = trained.config
     heads = MedusaHeads(config, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     if start_from != "none":

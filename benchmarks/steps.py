@@ -24,7 +24,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
-from medusa.pretrained import pretrained_heads
+from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.sampling import SamplingRows
 
@@ -33,7 +33,7 @@ WARM_UP_ROUNDS = 3
 
 def decoder_of(backbone: Backbone, heads: str, *, nodes: int, batch: int, length: int) -> Decoder:
     """A decoder of these heads with their tree of `nodes`; smaller ones are its first nodes."""
-    checkpoint = load_checkpoint(pretrained_heads(backbone.name) if heads == "default" else heads, backbone=backbone)
+    checkpoint = load_checkpoint(heads_folder(heads, backbone.name), backbone=backbone)
     tree = checkpoint.tree(nodes)
     return Decoder(backbone, checkpoint.heads, tree, num_slots=batch, context_length=length, prefill_chunk=8)
 

@@ -80,7 +80,7 @@ class Device(enum.StrEnum):
 
 Backbone = Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")]
 Heads = Annotated[
-    str, typer.Option(help="Checkpoint folder, 'default': the heads that come with the backbone, or 'none'.")
+    str, typer.Option(help="Checkpoint folder; 'default', 'hydra': heads that come with the backbone; or 'none'.")
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Decode plainly, one token a step, by the same code.")]
 Force = Annotated[bool, typer.Option("--force", help="Use heads that were made for other weights.")]
@@ -357,13 +357,14 @@ def _load(
     _quiet()
     import medusa
     from medusa.backbone import parse_dtype
+    from medusa.pretrained import SUFFIXES
 
     parse_dtype(dtype)
     if plain and tree is not None:
         raise ValueError("--plain decodes without a tree; leave --tree out")
     plain = plain or heads == "none"
-    if not plain and heads != "default" and not Path(heads).is_dir():
-        raise ValueError(f"no heads folder at {heads}; give a checkpoint folder, 'default', or --plain")
+    if not plain and heads not in SUFFIXES and not Path(heads).is_dir():
+        raise ValueError(f"no heads folder at {heads}; give a checkpoint folder, {', '.join(SUFFIXES)}, or --plain")
     return medusa.load(
         backbone, heads=None if plain else heads, dtype=dtype, device=device and device.value, force=force
     )

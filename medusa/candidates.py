@@ -14,8 +14,13 @@ from medusa.tree import DeviceTree
 def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:
     """logits [...,V] → where the `num_ranks` best stand [...,R], best first; of equal logits the first comes first.
 
-    Low-precision logits tie often and `topk` orders ties as it likes, so value and place are ranked as one integer.
+    `topk` orders ties as it likes, so value and place are ranked as one integer: a low-precision logit ties often. On a CPU
+    float32 is looked at first, where no tie among the best means that there is nothing to order.
     """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and num_ranks < logits.shape[-1]:
+        best = logits.topk(num_ranks + 1, dim=-1)
+        if (best.values[..., 1:] < best.values[..., :-1]).all():  # a NaN is not less either
+            return best.indices[..., :-1]
     bits = logits.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
     places = torch.arange(logits.shape[-1], device=logits.device)

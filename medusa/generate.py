@@ -23,7 +23,7 @@ from medusa.grammar_masks import Guide
 from medusa.heads import MedusaHeads
 from medusa.hydra import check_tree
 from medusa.logprobs import TokenLogprob
-from medusa.pretrained import pretrained_heads
+from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree import Tree
 
@@ -238,8 +238,8 @@ def load(
 ) -> Model:
     """A model ready to generate.
 
-    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` (the trained heads
-    that come with this package, for the default backbone) or None (plain decoding, the original backbone). A MEDUSA-2
+    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` or `"hydra"`
+    (trained heads that come with this package, for the default backbone) or None (plain decoding, the original backbone). A MEDUSA-2
     checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights; `fused` and
     `tree_kernel` as in `load_backbone`. Raises
     BackboneError, CheckpointError, ValueError.
@@ -247,8 +247,7 @@ def load(
     loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused, tree_kernel=tree_kernel)
     if heads is None:
         return Model(loaded, None)
-    folder = pretrained_heads(loaded.name) if str(heads) == "default" else FilePath(heads)
-    checkpoint = load_checkpoint(folder, backbone=loaded, force=force)
+    checkpoint = load_checkpoint(heads_folder(heads, loaded.name), backbone=loaded, force=force)
     if checkpoint.adapters is not None:
         loaded.merge(checkpoint.adapters)
     return Model(loaded, checkpoint.heads, checkpoint)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def heads_choice(text: str) -> str | None:
-    """What `medusa.load(heads=)` wants: "none" is None; "default" and folders stay."""
+    """What `medusa.load(heads=)` wants: "none" is None; names and folders stay."""
     return None if text == "none" else text
 
 
 def load_model(backbone: BackboneSection, heads: str, *, dtype: str | None = None) -> Model:
-    """Backbone with heads ("default", a folder, "none"), in the backbone's dtype unless another is asked for."""
+    """Backbone with heads (the name of shipped ones, a folder, "none"), in the backbone's dtype unless another is asked for."""
     from transformers.utils import logging as transformers_logging
 
     import medusa

@@ -19,6 +19,7 @@ from typing import Any
 
 from medusa.errors import MedusaError
 from medusa.folders import whole_folder
+from medusa.pretrained import SUFFIXES
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config, TrainSection
@@ -126,10 +127,12 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.warmup_steps {train.warmup_steps} must be less than train.steps {train.steps}")
     if train.method == "medusa2" and train.soft_labels:
         raise ConfigError("train.soft_labels is for MEDUSA-1: set it to 0, or train.method to medusa1")
-    if train.init_from not in ("default", "none"):
+    if train.init_from not in (*SUFFIXES, "none"):
         start = Path(train.init_from)
         if not start.is_dir():
-            raise ConfigError(f'train.init_from: no heads folder at {start}; give a folder, "default" or "none"')
+            raise ConfigError(
+                f"train.init_from: no heads folder at {start}; give a folder, {', '.join(SUFFIXES)} or none"
+            )
         if start.resolve() == config.layout.checkpoint.resolve():
             raise ConfigError(
                 f"train.init_from {start} is where this run puts its own heads; copy the folder, or use another workdir"
@@ -146,7 +149,8 @@ def run_name(config: Config, answers: Answers) -> str:
     if train.init_from == "none":
         settings["heads"] = config.heads.model_dump(mode="json")
     elif train.init_from != "default":
-        settings["init_from"] = folder_digest(Path(train.init_from))
+        shipped = train.init_from in SUFFIXES
+        settings["init_from"] = train.init_from if shipped else folder_digest(Path(train.init_from))
     described = json.dumps([config.backbone.name, answers.backbone, answers.fingerprint, settings], sort_keys=True)
     return f"heads-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
 

@@ -20,7 +20,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
-from medusa.pretrained import pretrained_heads
+from medusa.pretrained import heads_folder
 from medusa.tree import Path as TreePath
 from medusa.tree import Tree
 from medusa.tree_search import HitTable, grow_paths
@@ -254,7 +254,7 @@ def initial_heads(config: Config, backbone: Backbone) -> tuple[MedusaHeads, list
     dtype = getattr(torch, config.train.dtype)
     choice = heads_choice(config.train.init_from)
     if choice is not None:
-        folder = pretrained_heads(backbone.name) if choice == "default" else Path(choice)
+        folder = heads_folder(choice, backbone.name)
         checkpoint = load_checkpoint(folder, backbone=backbone, dtype=dtype)
         if checkpoint.adapters is not None and config.train.method == "medusa1":
             raise ConfigError(

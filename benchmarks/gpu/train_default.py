@@ -30,7 +30,7 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
-from medusa.pretrained import pretrained_heads
+from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
 from medusa.replay import guessed_ranks
 from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
@@ -93,8 +93,7 @@ def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> Medus
     """Heads to train, in float32, over the whole vocabulary: fresh ones ("none") or those of a folder ("default": shipped)."""
     trained = None
     if start_from != "none":
-        folder = pretrained_heads(backbone.name) if start_from == "default" else Path(start_from)
-        trained = load_checkpoint(folder, backbone=backbone, dtype=torch.float32).heads
+        trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32).heads
         shape = trained.config
     heads = MedusaHeads(
         shape, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, dtype=torch.float32,

@@ -587,20 +587,38 @@ static void soften(const Block *b, const uint8_t *visible, float *weights, float
     *(AnyFour *)total = sum;
 }
 
-/* QUERIES outputs from query `first` on, `vectors` vectors of them from number `from` on: weighted means of values. */
-INLINE void means(const Block *b, const float *weights, const float *total, int first, int64_t from, int vectors)
+/* Outputs of some queries from number `first` on, `vectors` vectors of them from number `from` on: weighted means of values.
+   `queries` and `vectors` are constants. */
+INLINE void means(const Block *b, const float *weights, const float *total, int first, int queries, int64_t from, int vectors)
 {
-    Floats sum[QUERIES][VECTORS] = {{{0}}};
+    Floats sum[2 * QUERIES][VECTORS] = {{{0}}};
     for (int64_t t = 0; t < b->span; t++) {
         Floats value[VECTORS];
         for (int v = 0; v < vectors; v++) value[v] = load_half(b->values + t * b->size + (from + v) * LANES);
-        for (int q = 0; q < QUERIES; q++) {
+        for (int q = 0; q < queries; q++) {
             Floats weight = spread(weights[t * b->width + first + q]);
             for (int v = 0; v < vectors; v++) sum[q][v] += weight * value[v];
         }
     }
-    for (int q = 0; q < QUERIES && first + q < b->count; q++)
+    for (int q = 0; q < queries && first + q < b->count; q++)
         for (int v = 0; v < vectors; v++) store(b->out[first + q] + (from + v) * LANES, sum[q][v] / total[first + q]);
+}
+
+/* All outputs of a block. As many sums as registers hold: values are widened once for all queries that share them. */
+static void all_means(const Block *b, const float *weights, const float *total)
+{
+    const int64_t vectors = b->size / LANES;
+    for (int q = 0; q < b->count;) {
+        const int two = b->count - q > QUERIES && vectors % 2 == 0 && LANES == 16;
+        if (two)
+            for (int64_t v = 0; v < vectors; v += 2) means(b, weights, total, q, 2 * QUERIES, v, 2);
+        else {
+            int64_t v = 0;
+            for (; v + VECTORS <= vectors; v += VECTORS) means(b, weights, total, q, QUERIES, v, VECTORS);
+            for (; v < vectors; v++) means(b, weights, total, q, QUERIES, v, 1);
+        }
+        q += two ? 2 * QUERIES : QUERIES;
+    }
 }
 
 /* How many queries attention takes at a time. */
@@ -638,11 +656,7 @@ static void attention(const Model *m, const Step *s, const uint16_t *cache, cons
         else dots(&block, weights);
         if (block.width == SIDE) soften_wide(&block, own_mask, mask_stride(s), weights, total);
         else soften(&block, visible, weights, total);
-        for (int q = 0; q < count; q += QUERIES) {
-            int64_t v = 0;
-            for (; v + VECTORS <= size / LANES; v += VECTORS) means(&block, weights, total, q, v, VECTORS);
-            for (; v < size / LANES; v++) means(&block, weights, total, q, v, 1);
-        }
+        all_means(&block, weights, total);
     }
     if (side == SIDE) tiles_off();
 }

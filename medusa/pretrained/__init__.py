@@ -9,13 +9,23 @@ from medusa.errors import CheckpointError
 ROOT = Path(__file__).parent
 
 
-def pretrained_heads(backbone_name: str) -> Path:
-    """Folder of the heads shipped for a backbone. CheckpointError where there are none."""
-    folder = ROOT / backbone_name
+SUFFIXES = {"default": "", "hydra": "-hydra"}  # name of a shipped set → what follows its backbone's name
+
+
+def heads_folder(heads: str | Path, backbone_name: str) -> Path:
+    """`heads` as given, or where they are the name of a shipped set ("default", "hydra"), its folder. CheckpointError where
+    the backbone has none."""
+    return pretrained_heads(backbone_name, str(heads)) if str(heads) in SUFFIXES else Path(heads)
+
+
+def pretrained_heads(backbone_name: str, name: str = "default") -> Path:
+    """Folder of a set of heads shipped for a backbone. CheckpointError where there is none."""
+    folder = ROOT / (backbone_name + SUFFIXES[name])
     if "/" in backbone_name or not (folder / "config.json").is_file():
         shipped = sorted(path.parent.name for path in ROOT.glob("*/config.json"))
         raise CheckpointError(
-            f"no heads come with this package for backbone {backbone_name!r} (there are: {', '.join(shipped) or 'none'}); "
+            f"no heads come with this package for backbone {backbone_name!r} under the name {name!r} (there are: "
+            f"{', '.join(shipped) or 'none'}); "
             f"give a heads folder, or none to decode plainly"
         )
     return folder
