@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import medusa
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.engine import Delta, Engine
 from medusa.heads import MedusaHeads
+from medusa.pretrained import SUFFIXES, heads_folder, pretrained_heads
+from medusa.provision import DEFAULT_BACKBONE
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +239,18 @@ def test_a_tree_without_heads_is_refused(plain: medusa.Model) -> None:
         plain.generate("hello", tree=4)
 
 
-def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path) -> None:
-    with pytest.raises(medusa.CheckpointError, match="no heads come with this package"):
-        medusa.load(tiny_folder)
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path, name: str) -> None:
+    with pytest.raises(medusa.CheckpointError, match=f"no heads come with this package .* under the name '{name}'"):
+        medusa.load(tiny_folder, heads=name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("default", "medusa"), ("hydra", "hydra")])
+def test_heads_that_come_with_the_package_are_whole(name: str, kind: str) -> None:
+    shipped = load_checkpoint(heads_folder(name, DEFAULT_BACKBONE))
+    assert (shipped.heads.config.kind, shipped.heads.num_heads) == (kind, 5)
+    assert shipped.tree().num_nodes == 6 and shipped.tree(64).depth == 5
+    assert shipped.backbone_fingerprint == load_checkpoint(pretrained_heads(DEFAULT_BACKBONE)).backbone_fingerprint
 
 
 def test_an_answer_cut_inside_a_character_has_no_part_of_it(model: medusa.Model) -> None:
