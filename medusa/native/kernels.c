@@ -532,7 +532,8 @@ static void dots_in_tiles(const Block *b, float *weights)
 INLINE Ints visible_to(const uint8_t *seen_by, int64_t stride, int64_t column, int64_t first, Bytes place)
 {
     const Bytes nodes = *(const AnyBytes *)(seen_by + column * stride + first);
-    return __builtin_convertvector((SignedBytes)(__builtin_shuffle(nodes, place) != 0), Ints);
+    const Bytes seen = (Bytes)_mm_shuffle_epi8((__m128i)nodes, (__m128i)place);
+    return __builtin_convertvector((SignedBytes)(seen != 0), Ints);
 }
 
 /* Dot products [span][SIDE] to the softmax's numerators; their sums into total [SIDE]. */
