@@ -7,8 +7,8 @@ the time, so this script samples it: every frequent token, every label of the st
 weight in the normaliser is multiplied by how many they stand for (importance sampling; Jean et al., arXiv 1412.2007).
 Held-out accuracy is measured over the whole vocabulary.
 
-The heads in `medusa/pretrained` were made by an earlier form of this script, with the same softmax, settings and mix of
-prompts, and were then given the vocabulary and the default size that their card names.
+The hydra heads in `medusa/pretrained` were made by it, the default ones by an earlier form with the same softmax, settings
+and mix of prompts. Both were then given the vocabulary and the default size that their cards name.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_
     """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows."""
     if file is None:
         return positions_of(rows, backbone, num_heads)
-    answers = [[row["id"], weight_of(row), row["prompt_ids"], row["response_ids"]] for row in rows]
-    made_by = [backbone.fingerprint, str(backbone.dtype), num_heads]
-    told = json.dumps([list(Positions.__annotations__), *made_by, answers])
+    made_by = [list(Positions.__annotations__), backbone.fingerprint, str(backbone.dtype), num_heads]
+    told = json.dumps([*made_by, digest_of(rows), [weight_of(row) for row in rows]])
     digest = hashlib.sha256(told.encode()).hexdigest()
     if not file.exists():
         made = positions_of(rows, backbone, num_heads)
@@ -194,7 +193,7 @@ def batches(positions: Positions, size: int) -> Iterator[Tensor]:
 
 
 def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> MedusaHeads:
-    """Fresh heads of this shape ("none"), the shipped ones ("default"), or those of a folder, over the whole vocabulary."""
+    """Fresh heads of this shape ("none"), shipped ones ("default", "hydra"), or those of a folder, over the whole vocabulary."""
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone).heads
         config = trained.config
@@ -224,7 +223,9 @@ def main(
     num_layers: Annotated[int, typer.Option()] = 2,
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     vocabulary: Annotated[int, typer.Option(help="most frequent tokens that the heads guess among; 0: all")] = 0,
-    start_from: Annotated[str, typer.Option(help="'none', 'default' or a heads folder, whose shape is kept")] = "none",
+    start_from: Annotated[
+        str, typer.Option(help="'none', 'default', 'hydra' or a folder, whose shape is kept")
+    ] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,
     source: Annotated[list[str] | None, typer.Option(help="sources of rows to use (default: all)")] = None,

@@ -193,8 +193,8 @@ class Model:
         chosen = self.resolve_tree(tree)
         for request in requests:
             check_request(request, context_length=self.backbone.max_context, vocab_size=self.backbone.vocab_size)
-            if request.params.grammar is not None:
-                Guide(request.params.grammar, self.backbone.grammar_vocabulary)
+        for grammar in {request.params.grammar for request in requests if request.params.grammar}:
+            Guide(grammar, self.backbone.grammar_vocabulary)
         return chosen
 
     def _take_engine(self, requests: Sequence[Request], *, tree: Tree | DynamicTree, max_batch_size: int) -> Engine:

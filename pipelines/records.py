@@ -39,16 +39,8 @@ ANSWERS = pa.schema(
     ]
 )
 
-_READ = (
-    "id",
-    "prompt_id",
-    "part",
-    "prompt_ids",
-    "response_ids",
-    "sampling",
-    "backbone",
-    "error",
-)  # what training needs
+# What training needs.
+_READ = ("id", "prompt_id", "part", "prompt_ids", "response_ids", "sampling", "backbone", "error")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> MedusaHeads:
-    """Heads to train, in float32, over the whole vocabulary: fresh ones ("none") or those of a folder ("default": shipped)."""
+    """Heads to train, in float32, over the whole vocabulary: fresh ones ("none") or others ("default", "hydra": shipped)."""
     trained = None
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32).heads
@@ -120,7 +120,7 @@ def train_command(
     data: Annotated[Path, typer.Option(help="folder that `answer` wrote")],
     out: Annotated[Path, typer.Option(help="checkpoint folder; its log lies beside it")],
     backbone: Annotated[str, typer.Option(help="built-in name or model folder")] = DEFAULT_BACKBONE,
-    start_from: Annotated[str, typer.Option(help="'none', 'default' or a heads folder")] = "none",
+    start_from: Annotated[str, typer.Option(help="'none', 'default', 'hydra' or a heads folder")] = "none",
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
     lm_heads: Annotated[str, typer.Option(help="shared or own")] = "shared",

@@ -34,8 +34,8 @@
 #define SIDE 16   /* rows and columns of a tile of AMX */
 #define DEEP 32   /* inputs that one product of tiles takes */
 #define LINE 64   /* bytes of a cache line */
-#define QUERIES 4 /* queries that share one pass over values */
-#define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass */
+#define QUERIES 4 /* queries of a narrow block */
+#define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass for QUERIES queries */
 #define MOST_TILED 256 /* the largest head size whose keys are multiplied as tiles */
 #define ROOM (2 * SIDE * PANEL) /* floats that hold the outputs of a block */
 #define INLINE static inline __attribute__((always_inline))
