@@ -69,12 +69,11 @@ def walk(
     early_exit: bool = False,
 ) -> Acceptance:
     """Greedy and rejection acceptance. The backbone chooses only along the path walked."""
-    batch = torch.arange(tokens.shape[0], device=tokens.device)
     node = torch.zeros_like(root_position)
     moving = torch.ones_like(node, dtype=torch.bool)
     next_root = torch.zeros_like(node)
     for depth in range(tree.depth + 1):
-        chosen = draw(logits[batch, node], rows, root_position + depth + 1)
+        chosen = draw(logits, rows, root_position + depth + 1, node)
         next_root = torch.where(moving, chosen, next_root)
         if depth == tree.depth:
             break
@@ -123,8 +122,7 @@ def accept_typical(
     longest = reach == reach.max(dim=-1, keepdim=True).values
     node = score.masked_fill(~longest, float("-inf")).argmax(dim=-1)
     num_accepted = tree.depth_of(node)
-    last = logits[rows_of_batch.squeeze(1), node]
-    next_root = draw(last, rows, root_position + num_accepted + 1)
+    next_root = draw(logits, rows, root_position + num_accepted + 1, node)
     return Acceptance(node=node, num_accepted=num_accepted, next_root=next_root)
 
 

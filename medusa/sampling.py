@@ -19,6 +19,7 @@ from medusa.config import SCHEMES, SamplingParams
 from medusa.grammar_masks import GrammarMasks, Guide
 from medusa.logit_edits import LogitEdits
 from medusa.logprobs import LogprobRows
+from medusa.native.argmax import largest_at
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: SplitMix64's increment
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -162,17 +163,23 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.empty_like(kept).scatter_(-1, order.indices, kept)
 
 
-def draw(logits: Tensor, rows: SamplingRows, position: Tensor) -> Tensor:
+def draw(logits: Tensor, rows: SamplingRows, position: Tensor, node: Tensor | None = None) -> Tensor:
     """One token [B] for each row of logits [B,V], to stand at `position` [B]: the argmax, or a keyed draw where asked.
 
-    Of equal values the lowest token id wins.
+    With `node` [B] the logits are [B,N,V], and each row's are those at its node. Of equal values the lowest token id wins.
     """
+    if node is None:
+        logits, node = logits[:, None], torch.zeros_like(position)
+    flat = logits.flatten(0, 1)
+    at = torch.arange(len(node), device=node.device) * logits.shape[1] + node
     # Exact, and a quarter of the time: PyTorch's argmax over bfloat16 is not vectorised on a CPU.
-    top = (logits.float() if logits.device.type == "cpu" and logits.dtype == torch.bfloat16 else logits).argmax(dim=-1)
+    exact = logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+    top = flat[at].float().argmax(dim=-1) if exact else largest_at(flat, at)
     if not rows.any_noise:
         return top
+    chosen = flat[at]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    scaled = logits.to(wide) / rows.temperature[:, None].to(wide)
+    scaled = chosen.to(wide) / rows.temperature[:, None].to(wide)
     if rows.any_filter:
         scaled = filter_logits(scaled, rows.top_k, rows.top_p)
     noise = gumbel_noise(rows.seed, rows.choice, position, logits.shape[-1])

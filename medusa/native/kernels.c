@@ -3,8 +3,8 @@
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
    Weights keep their own type and are widened in registers; all arithmetic is float32. Where the processor multiplies
-   tiles of bfloat16 (AMX), the inputs of products are rounded to bfloat16 and their sums are float32. What a row gets does
-   not depend on the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So
+   tiles (AMX), the inputs of products are rounded: with bfloat16 weights to bfloat16, their sums float32; with int8 weights
+   to 16 bits of each row's largest, their sums exact. What a row gets does not depend on the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So
    a tree of any shape and a batch of any size give, bit for bit, what plain decoding of the sequence alone gives.
 
    Plain C with GCC's vector types; compiled for the machine at hand by medusa/native/build.py. */
@@ -23,7 +23,7 @@
 #define LANES 8
 #endif
 #endif
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && LANES == 16
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512F__) && LANES == 16
 #define HAS_TILES /* a virtual machine may show AMX alone */
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -32,7 +32,9 @@
 #define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
 #define TILE 6    /* rows that share one pass over a panel */
 #define SIDE 16   /* rows and columns of a tile of AMX */
-#define DEEP 32   /* inputs that one product of tiles takes */
+#define DEEP 32   /* inputs that one product of tiles of bfloat16 takes */
+#define DEEPER 64 /* and of bytes */
+#define STEPS 32512.0f /* of a row's largest, at most: a signed byte times 256 and an unsigned one */
 #define LINE 64   /* bytes of a cache line */
 #define QUERIES 4 /* queries of a narrow block */
 #define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass for QUERIES queries */
@@ -58,7 +60,7 @@ typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may
 typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint8_t AnyBytes __attribute__((vector_size(16), aligned(1), may_alias));
 
-enum { FLOAT32, BFLOAT16, INT8, TILES };
+enum { FLOAT32, BFLOAT16, INT8, TILES, INT8_TILES };
 #define WORD(type) (1 << (type)) /* weights in a word */
 
 /* In words of 32 bits, lane j of a panel holds
@@ -66,10 +68,10 @@ enum { FLOAT32, BFLOAT16, INT8, TILES };
      BFLOAT16  [inputs]: both, the first in the low half
      INT8      [inputs / 2]: both of one input in the low half, both of the next in the high half
    TILES, bfloat16 for AMX, has panels of 2 SIDE outputs, [inputs / DEEP][2][DEEP / 2][SIDE]: two inputs of an output in a
-   word, inputs padded with zeros. */
+   word, inputs padded with zeros. INT8_TILES: the same, [inputs / DEEPER][2][DEEPER / 4][SIDE], four inputs in a word. */
 typedef struct {
     const uint32_t *panels;
-    const float *scales; /* INT8: one for each output, padded like the panels */
+    const float *scales; /* of int8: one for each output, padded like the panels */
     int64_t outputs, inputs, type;
 } Weight;
 
@@ -218,6 +220,14 @@ INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const 
 }
 
 INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+INLINE int in_tiles(const Weight *w) { return w->type == TILES || w->type == INT8_TILES; }
+
+/* Bytes that SIDE rows of so many inputs take as products with w read them, in whole tiles. Of INT8_TILES: what a row's
+   steps are worth, then the tiles of high bytes and of low ones in turn. */
+INLINE int64_t band_bytes(const Weight *w, int64_t inputs)
+{
+    return w->type == TILES ? upward(inputs, DEEP) * SIDE * 2 : SIDE * 4 + upward(inputs, DEEPER) * SIDE * 2;
+}
 
 #ifdef HAS_TILES
 
@@ -231,26 +241,91 @@ static const struct {
 static void tiles_on(void) { _tile_loadconfig(&SHAPE); }
 static void tiles_off(void) { _tile_release(); }
 
-/* x [rows][inputs] to tiles of bfloat16 [rows / SIDE][inputs / DEEP][SIDE][DEEP], inputs padded with zeros; this thread's
-   share of the rows. */
-static void narrow(const float *x, int64_t rows, int64_t inputs, uint16_t *y, int64_t thread, int64_t threads)
+/* A vector of x [inputs] from i on, zeros behind the last. */
+INLINE Floats load_padded(const float *x, int64_t i, int64_t inputs)
 {
-    const int64_t width = upward(inputs, DEEP);
-    int64_t row, last;
-    share(rows, thread, threads, &row, &last);
-    for (; row < last; row++)
-        for (int64_t i = 0; i < width; i += LANES) {
-            float last_ones[LANES] = {0};
-            const float *from = x + row * inputs + i;
-            if (i + LANES > inputs) {
-                if (i < inputs) memcpy(last_ones, from, (size_t)(inputs - i) * sizeof(float));
-                from = last_ones;
-            }
-            store_half(y + row / SIDE * SIDE * width + i / DEEP * SIDE * DEEP + row % SIDE * DEEP + i % DEEP, load(from));
-        }
+    if (i + LANES <= inputs) return load(x + i);
+    float last_ones[LANES] = {0};
+    if (i < inputs) memcpy(last_ones, x + i, (size_t)(inputs - i) * sizeof(float));
+    return load(last_ones);
 }
 
-/* One or two rows of tiles of x, as `narrow` leaves them, times a panel, into out [SIDE or 2 SIDE][2 SIDE]. */
+/* A row to its place in tiles of bfloat16 [inputs / DEEP][SIDE][DEEP]. */
+static void narrow(const float *x, int64_t inputs, uint16_t *y)
+{
+    for (int64_t i = 0; i < upward(inputs, DEEP); i += LANES)
+        store_half(y + i / DEEP * SIDE * DEEP + i % DEEP, load_padded(x, i, inputs));
+}
+
+/* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth. */
+static float narrow_to_bytes(const float *x, int64_t inputs, uint8_t *y)
+{
+    const Floats magic = spread(12582912.0f); /* adding it rounds to an integer */
+    Floats most = {0};
+    for (int64_t i = 0; i < inputs; i += LANES) {
+        Floats some = load_padded(x, i, inputs);
+        some = choose(some < 0, -some, some);
+        most = choose(some > most, some, most);
+    }
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    const float steps = largest > 0 ? STEPS / largest : 0;
+    for (int64_t i = 0; i < upward(inputs, DEEPER); i += LANES) {
+        const Ints whole = __builtin_convertvector((load_padded(x, i, inputs) * steps + magic) - magic, Ints);
+        uint8_t *to = y + i / DEEPER * 2 * SIDE * DEEPER + i % DEEPER;
+        *(AnyBytes *)to = __builtin_convertvector(whole >> 8, Bytes);
+        *(AnyBytes *)(to + SIDE * DEEPER) = __builtin_convertvector(whole & 255, Bytes);
+    }
+    return largest / STEPS;
+}
+
+/* x [rows][inputs] to bands of SIDE rows as products with w read them, inputs padded with zeros; this thread's share. */
+static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
+{
+    int64_t row, last;
+    share(rows, thread, threads, &row, &last);
+    for (; row < last; row++) {
+        const float *from = x + row * w->inputs;
+        char *band = bands + row / SIDE * band_bytes(w, w->inputs);
+        if (w->type == TILES) narrow(from, w->inputs, (uint16_t *)band + row % SIDE * DEEP);
+        else ((float *)band)[row % SIDE] = narrow_to_bytes(from, w->inputs, (uint8_t *)band + SIDE * 4 + row % SIDE * DEEPER);
+    }
+}
+
+/* A band times a panel of int8, into out [rows][2 SIDE]. */
+static void byte_tiles(const Weight *w, int64_t panel, const char *band, int64_t rows, float *out)
+{
+    const int64_t width = upward(w->inputs, DEEPER);
+    const char *x = band + SIDE * 4, *end = band + band_bytes(w, w->inputs);
+    const uint32_t *at = w->panels + panel * width * 2 * SIDE / 4;
+    int32_t high[SIDE * 2 * SIDE], low[SIDE * 2 * SIDE];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; x < end; x += 2 * SIDE * DEEPER, at += 2 * SIDE * SIDE) {
+        _tile_loadd(4, x, DEEPER);
+        _tile_loadd(5, x + SIDE * DEEPER, DEEPER);
+        _tile_loadd(6, at, SIDE * 4);
+        _tile_loadd(7, at + SIDE * SIDE, SIDE * 4);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, high, 2 * SIDE * 4);
+    _tile_stored(1, high + SIDE, 2 * SIDE * 4);
+    _tile_stored(2, low, 2 * SIDE * 4);
+    _tile_stored(3, low + SIDE, 2 * SIDE * 4);
+    for (int64_t i = 0; i < rows * 2 * SIDE; i += LANES) {
+        const Floats more = __builtin_convertvector((Ints)*(const AnyWords *)(high + i), Floats);
+        const Floats less = __builtin_convertvector((Ints)*(const AnyWords *)(low + i), Floats);
+        const float step = ((const float *)band)[i / (2 * SIDE)];
+        store(out + i, (more * 256.0f + less) * step * load(w->scales + panel * PANEL + i % (2 * SIDE)));
+    }
+}
+
+/* One or two bands, of up to SIDE rows each, times a panel of bfloat16, into out [SIDE or 2 SIDE][2 SIDE]. */
 static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t rows, float *out)
 {
     const int64_t width = upward(w->inputs, DEEP);
@@ -290,9 +365,13 @@ static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t row
 
 static void tiles_on(void) {}
 static void tiles_off(void) {}
-static void narrow(const float *x, int64_t rows, int64_t inputs, uint16_t *y, int64_t thread, int64_t threads)
+static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
 {
-    (void)x, (void)rows, (void)inputs, (void)y, (void)thread, (void)threads;
+    (void)w, (void)x, (void)rows, (void)bands, (void)thread, (void)threads;
+}
+static void byte_tiles(const Weight *w, int64_t panel, const char *band, int64_t rows, float *out)
+{
+    (void)w, (void)panel, (void)band, (void)rows, (void)out;
 }
 static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t rows, float *out)
 {
@@ -324,31 +403,33 @@ static void float32_tile(const Weight *w, int64_t panel, int panels, const float
 static void block(const Weight *w, int64_t panel, int panels, const void *x, int64_t row, int rows, float *out)
 {
     const float *from = (const float *)x + row * w->inputs;
-    if (w->type == TILES) tiles(w, panel, (const uint16_t *)x + row * upward(w->inputs, DEEP), rows, out);
+    const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
+    if (w->type == TILES) tiles(w, panel, (const uint16_t *)band, rows, out);
+    else if (w->type == INT8_TILES) byte_tiles(w, panel, band, rows, out);
     else if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, from, rows, out);
     else if (w->type == INT8) int8_tile(w, panel, panels, from, rows, out);
     else float32_tile(w, panel, panels, from, rows, out);
 }
 
 INLINE int64_t panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
-INLINE int64_t height_of(const Weight *w) { return w->type == TILES ? 2 * SIDE : TILE; }
+INLINE int64_t height_of(const Weight *w) { return w->type == TILES ? 2 * SIDE : w->type == INT8_TILES ? SIDE : TILE; }
 
-/* x [rows][inputs] as products with w read it: itself or, of TILES, `narrowed` by all threads together. */
-static const void *readable(const Weight *w, const float *x, int64_t rows, uint16_t *narrowed, int64_t thread, int64_t threads)
+/* x [rows][inputs] as products with w read it: itself or, in tiles, as `bands` that all threads make together. */
+static const void *readable(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
 {
-    if (w->type != TILES) return x;
-    narrow(x, rows, w->inputs, narrowed, thread, threads);
+    if (!in_tiles(w)) return x;
+    to_bands(w, x, rows, bands, thread, threads);
 #pragma omp barrier
     tiles_on();
-    return narrowed;
+    return bands;
 }
 
 /* y [rows][outputs] = x times weights, or += where `add`; this thread's share of the outputs. */
-static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, uint16_t *narrowed, int64_t thread,
+static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, char *bands, int64_t thread,
                     int64_t threads)
 {
-    const void *inputs = readable(w, x, rows, narrowed, thread, threads);
-    const int64_t height = height_of(w), wide = w->type != TILES && (rows <= 3 || LANES == 16) ? 2 : 1;
+    const void *inputs = readable(w, x, rows, bands, thread, threads);
+    const int64_t height = height_of(w), wide = !in_tiles(w) && (rows <= 3 || LANES == 16) ? 2 : 1;
     float out[ROOM];
     int64_t panel, last;
     share(panels_of(w), thread, threads, &panel, &last);
@@ -369,15 +450,15 @@ static void product(const Weight *w, const float *x, int64_t rows, float *y, int
         }
         panel += panels;
     }
-    if (w->type == TILES) tiles_off();
+    if (in_tiles(w)) tiles_off();
 }
 
 /* y [rows][F] = SiLU(x gate) * (x up). */
-static void gated(const Layer *layer, const float *x, int64_t rows, float *y, uint16_t *narrowed, int64_t thread,
+static void gated(const Layer *layer, const float *x, int64_t rows, float *y, char *bands, int64_t thread,
                   int64_t threads)
 {
     const Weight *gate = &layer->gate, *up = &layer->up;
-    const void *inputs = readable(gate, x, rows, narrowed, thread, threads);
+    const void *inputs = readable(gate, x, rows, bands, thread, threads);
     const int64_t height = height_of(gate);
     int64_t panel, last;
     share(panels_of(gate), thread, threads, &panel, &last);
@@ -396,7 +477,7 @@ static void gated(const Layer *layer, const float *x, int64_t rows, float *y, ui
             for (int r = 0; r < here; r++) memcpy(y + (row + r) * gate->outputs + from, gates + r * PANEL, width * sizeof(float));
         }
     }
-    if (gate->type == TILES) tiles_off();
+    if (in_tiles(gate)) tiles_off();
 }
 
 /* --- the rest of a layer ------------------------------------------------------------------------------------------ */
@@ -625,7 +706,7 @@ static void all_means(const Block *b, const float *weights, const float *total)
 /* How many queries attention takes at a time. */
 static int64_t queries_of(const Model *m)
 {
-    return m->layers->out.type == TILES && m->head_dim % DEEP == 0 && m->head_dim <= MOST_TILED ? SIDE : QUERIES;
+    return in_tiles(&m->layers->out) && m->head_dim % DEEP == 0 && m->head_dim <= MOST_TILED ? SIDE : QUERIES;
 }
 
 /* qkv [M][(H + 2 H/G) E] -> seen [M][H E]. Queries of one key/value head are taken a block at a time. */
@@ -684,8 +765,13 @@ int64_t medusa_tiles(void)
 #endif
 }
 
-/* Bytes of bfloat16 that rows of this many inputs take, in whole tiles. */
-static int64_t narrowed_bytes(int64_t rows, int64_t inputs) { return upward(rows, SIDE) * upward(inputs, DEEP) * 2; }
+static int64_t bands_bytes(const Weight *w, int64_t rows, int64_t inputs)
+{
+    return in_tiles(w) ? upward(upward(rows, SIDE) / SIDE * band_bytes(w, inputs), LINE) : 0;
+}
+
+/* Bytes of work that `medusa_linear` needs; they begin on a cache line. */
+int64_t medusa_linear_bytes(const Weight *w, int64_t rows) { return bands_bytes(w, rows, w->inputs); }
 
 static int64_t widest(const Model *m)
 {
@@ -696,21 +782,21 @@ static int64_t widest(const Model *m)
 
 /* Where things lie in a step's work, in bytes from its start. */
 typedef struct {
-    int64_t normed, qkv, seen, inner, weights, narrowed, seen_by, end;
+    int64_t normed, qkv, seen, inner, weights, bands, seen_by, end;
     int64_t per_thread; /* floats of `weights` */
 } Plan;
 
 static Plan plan(const Model *m, const Step *s)
 {
-    const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, tiled = m->layers->out.type == TILES;
+    const int64_t rows = s->batch * s->num_new, heads = m->num_kv_heads * m->head_dim, tiled = in_tiles(&m->layers->out);
     const int64_t masks = s->visible_stride ? s->batch : 1;
     Plan p = {.per_thread = longest(s) * queries_of(m)};
     p.qkv = p.normed + upward(rows * m->hidden * 4, LINE);
     p.seen = p.qkv + upward(rows * (m->groups + 2) * heads * 4, LINE);
     p.inner = p.seen + upward(rows * m->groups * heads * 4, LINE);
     p.weights = p.inner + upward(rows * m->layers->gate.outputs * 4, LINE);
-    p.narrowed = p.weights + s->threads * p.per_thread * 4;
-    p.seen_by = p.narrowed + (tiled ? upward(narrowed_bytes(rows, widest(m)), LINE) : 0);
+    p.bands = p.weights + s->threads * p.per_thread * 4;
+    p.seen_by = p.bands + bands_bytes(&m->layers->out, rows, widest(m));
     p.end = p.seen_by + (tiled ? upward(masks * s->num_new * mask_stride(s), LINE) : 0);
     return p;
 }
@@ -718,17 +804,51 @@ static Plan plan(const Model *m, const Step *s)
 /* Bytes of work, which begins on a cache line. */
 int64_t medusa_work_bytes(const Model *m, const Step *s) { return plan(m, s).end; }
 
-/* `narrowed` holds upward(rows, SIDE) x upward(inputs, DEEP) of bfloat16; of other weights than TILES nothing. */
-void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, uint16_t *narrowed, int64_t threads)
+void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, char *work, int64_t threads)
 {
 #pragma omp parallel num_threads((int)threads)
     {
 #ifdef _OPENMP
-        product(w, x, rows, y, 0, narrowed, omp_get_thread_num(), omp_get_num_threads());
+        product(w, x, rows, y, 0, work, omp_get_thread_num(), omp_get_num_threads());
 #else
-        product(w, x, rows, y, 0, narrowed, 0, 1);
+        product(w, x, rows, y, 0, work, 0, 1);
 #endif
     }
+}
+
+/* Where the largest of x [size] first stands; of a row with NaN the first of them, as PyTorch has it. */
+static int64_t place_of_largest(const float *x, int64_t size)
+{
+    Floats most[4];
+    Ints broken = {0};
+    for (int v = 0; v < 4; v++) most[v] = spread(-INFINITY);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES)
+        for (int v = 0; v < 4; v++) {
+            Floats some = load(x + i + v * LANES);
+            most[v] = choose(some > most[v], some, most[v]);
+            broken |= some != some;
+        }
+    float largest = -INFINITY;
+    int has_nan = 0;
+    for (int v = 0; v < 4; v++)
+        for (int j = 0; j < LANES; j++) {
+            largest = most[v][j] > largest ? most[v][j] : largest;
+            has_nan |= broken[j] != 0;
+        }
+    for (; i < size; i++) {
+        largest = x[i] > largest ? x[i] : largest;
+        has_nan |= x[i] != x[i];
+    }
+    for (i = 0; has_nan ? x[i] == x[i] : x[i] != largest;) i++;
+    return i;
+}
+
+/* For each of `count` rows of x [.][size], named by `which`, the place of its largest. */
+void medusa_argmax(const float *x, int64_t size, const int64_t *which, int64_t count, int64_t *places, int64_t threads)
+{
+#pragma omp parallel for num_threads((int)(threads < count ? threads : count)) if (count > 1)
+    for (int64_t i = 0; i < count; i++) places[i] = place_of_largest(x + which[i] * size, size);
 }
 
 void medusa_layers(const Model *m, const Step *s)
@@ -738,7 +858,7 @@ void medusa_layers(const Model *m, const Step *s)
     char *work = s->work;
     float *normed = (float *)(work + p.normed), *qkv = (float *)(work + p.qkv), *seen = (float *)(work + p.seen);
     float *inner = (float *)(work + p.inner), *weights = (float *)(work + p.weights);
-    uint16_t *narrowed = (uint16_t *)(work + p.narrowed);
+    char *bands = work + p.bands;
     uint8_t *seen_by = (uint8_t *)(work + p.seen_by);
 #pragma omp parallel num_threads((int)s->threads)
     {
@@ -746,25 +866,25 @@ void medusa_layers(const Model *m, const Step *s)
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-        if (m->layers->out.type == TILES) transpose_masks(s, seen_by, thread, threads);
+        if (in_tiles(&m->layers->out)) transpose_masks(s, seen_by, thread, threads);
         for (int64_t i = 0; i < m->num_layers; i++) {
             const Layer *layer = m->layers + i;
             uint16_t *cache = s->cache + 2 * i * s->plane_stride;
             norms(s->hidden, layer->norm_attention, m, rows, normed, thread, threads);
 #pragma omp barrier
-            product(&layer->query_key_value, normed, rows, qkv, 0, narrowed, thread, threads);
+            product(&layer->query_key_value, normed, rows, qkv, 0, bands, thread, threads);
 #pragma omp barrier
             place(m, s, cache, qkv, thread, threads);
 #pragma omp barrier
             attention(m, s, cache, seen_by, qkv, seen, weights + thread * p.per_thread, thread, threads);
 #pragma omp barrier
-            product(&layer->out, seen, rows, s->hidden, 1, narrowed, thread, threads);
+            product(&layer->out, seen, rows, s->hidden, 1, bands, thread, threads);
 #pragma omp barrier
             norms(s->hidden, layer->norm_mlp, m, rows, normed, thread, threads);
 #pragma omp barrier
-            gated(layer, normed, rows, inner, narrowed, thread, threads);
+            gated(layer, normed, rows, inner, bands, thread, threads);
 #pragma omp barrier
-            product(&layer->down, inner, rows, s->hidden, 1, narrowed, thread, threads);
+            product(&layer->down, inner, rows, s->hidden, 1, bands, thread, threads);
 #pragma omp barrier
         }
         norms(s->hidden, m->norm, m, rows, normed, thread, threads);

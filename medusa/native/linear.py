@@ -15,8 +15,10 @@ from torch import Tensor
 from medusa.native.build import library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-TILES = 3  # bfloat16 for processors that multiply tiles
-SIDE, DEEP = 16, 32  # outputs and inputs of a tile; a panel is two of them wide
+TILES = {torch.bfloat16: 3, torch.int8: 4}  # for processors that multiply tiles
+SIDE = 16  # outputs of a tile; a panel is two of them wide
+DEEP = {torch.bfloat16: 32, torch.int8: 64}  # inputs of a tile
+MOST_INPUTS = 65536  # whose products of bytes no 32 bits overflow
 
 
 class CWeight(ctypes.Structure):
@@ -36,7 +38,7 @@ class PackedWeight:
     """A weight [O,I] as kernels.c reads it; call it for x·weightᵀ, float32 in and out.
 
     `panels` [O/2L,I/S,L,S,2]: L lanes of a vector, S inputs whose weights share a word (two of int8). Of `tiles`, which
-    round x to bfloat16, [O/32,I/32,2,16,16,2]: see kernels.c.
+    round x to bfloat16 or, for int8, to 16 bits of its row's largest, [O/32,I/32,2,16,16,2] or [O/32,I/64,2,16,16,4].
     """
 
     panels: Tensor
@@ -49,23 +51,18 @@ class PackedWeight:
     def of(cls, weight: Tensor, *, int8: bool = False) -> PackedWeight:
         """weight [O,I] in float32 or bfloat16; `int8` rounds each output's weights to 255 steps (I must be even)."""
         outputs, inputs = weight.shape
-        if weight.dtype == torch.bfloat16 and not int8 and has_tiles():
-            padded = F.pad(weight.detach(), (0, -inputs % DEEP, 0, -outputs % (2 * SIDE)))
-            panels = padded.view(-1, 2, SIDE, padded.shape[1] // DEEP, DEEP // 2, 2).permute(0, 3, 1, 4, 2, 5)
-            return cls(panels=panels.contiguous(), scales=None, outputs=outputs, inputs=inputs, tiles=True)
-        shared = 2 if int8 else 1
-        if inputs % shared:
-            raise ValueError(f"a weight in int8 must have an even number of inputs, got {inputs}")
-        lanes = kernels().medusa_lanes()
-        weight = F.pad(weight.detach(), (0, 0, 0, -outputs % (2 * lanes)))
-        scales = None
+        if int8 and (inputs % 2 or inputs > MOST_INPUTS):
+            raise ValueError(
+                f"a weight in int8 must have an even number of inputs, {MOST_INPUTS} at most, got {inputs}"
+            )
+        tiles = (int8 or weight.dtype == torch.bfloat16) and has_tiles()
+        lanes = SIDE if tiles else kernels().medusa_lanes()
+        weight, scales = F.pad(weight.detach(), (0, 0, 0, -outputs % (2 * lanes))), None
         if int8:
             scales = weight.float().abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             weight = (weight.float() / scales[:, None]).round().to(torch.int8)
-        panels = weight.view(-1, 2, lanes, inputs // shared, shared).permute(0, 3, 2, 4, 1)
-        if weight.dtype == torch.float32:  # one weight fills a word, so the halves lie one behind the other
-            panels = panels.transpose(2, 4)
-        return cls(panels=panels.contiguous(), scales=scales, outputs=outputs, inputs=inputs, tiles=False)
+        panels = _in_tiles(weight) if tiles else _in_vectors(weight, lanes)
+        return cls(panels=panels.contiguous(), scales=scales, outputs=outputs, inputs=inputs, tiles=tiles)
 
     def c(self) -> CWeight:
         """What the kernels read; valid while this object lives."""
@@ -74,12 +71,8 @@ class PackedWeight:
             scales=None if self.scales is None else self.scales.data_ptr(),
             outputs=self.outputs,
             inputs=self.inputs,
-            type=TILES if self.tiles else TYPES[self.panels.dtype],
+            type=(TILES if self.tiles else TYPES)[self.panels.dtype],
         )
-
-    def _in_tiles(self, rows: int) -> int:
-        """How many numbers the kernels round before they multiply that many rows."""
-        return (rows + -rows % SIDE) * (self.inputs + -self.inputs % DEEP) if self.tiles else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [...,I] → [...,O]."""
@@ -87,20 +80,35 @@ class PackedWeight:
         assert flat.dtype == torch.float32
         rows = flat.shape[0]
         out = torch.empty(rows, self.outputs)
-        narrowed = torch.empty(self._in_tiles(rows), dtype=torch.bfloat16)
+        weight = ctypes.byref(self.c())
+        work = torch.empty(kernels().medusa_linear_bytes(weight, ctypes.c_int64(rows)), dtype=torch.uint8)
         kernels().medusa_linear(
-            ctypes.byref(self.c()),
+            weight,
             ctypes.c_void_p(flat.data_ptr()),
             ctypes.c_int64(rows),
             ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_void_p(narrowed.data_ptr()),
+            ctypes.c_void_p(work.data_ptr()),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return out.view(*x.shape[:-1], self.outputs)
 
 
+def _in_tiles(weight: Tensor) -> Tensor:
+    deep = DEEP[weight.dtype]
+    padded = F.pad(weight, (0, -weight.shape[1] % deep))
+    in_a_word = deep // SIDE
+    return padded.view(-1, 2, SIDE, padded.shape[1] // deep, SIDE, in_a_word).permute(0, 3, 1, 4, 2, 5)
+
+
+def _in_vectors(weight: Tensor, lanes: int) -> Tensor:
+    shared = 2 if weight.dtype == torch.int8 else 1
+    panels = weight.view(-1, 2, lanes, weight.shape[1] // shared, shared).permute(0, 3, 2, 4, 1)
+    # One weight of float32 fills a word, so the halves lie one behind the other.
+    return panels.transpose(2, 4) if weight.dtype == torch.float32 else panels
+
+
 def has_tiles() -> bool:
-    """Does the processor multiply tiles of bfloat16 (AMX), and may this process?"""
+    """Does the processor multiply tiles (AMX), and may this process?"""
     return bool(kernels().medusa_tiles())
 
 

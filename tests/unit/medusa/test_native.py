@@ -20,7 +20,9 @@ from medusa.config import HeadKind, SamplingParams
 from medusa.engine import Engine, Request
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
+from medusa.native import argmax
 from medusa.native import linear as native_linear
+from medusa.native.argmax import largest_at
 from medusa.native.build import library
 from medusa.native.linear import PackedWeight, has_tiles
 from medusa.tree import Tree
@@ -71,23 +73,62 @@ def test_products_are_exact_and_rows_are_alone(
 ) -> None:
     weight = (torch.randn(shape) * 0.1).to(kind)
     packed = PackedWeight.of(weight, int8=int8)
-    assert packed.tiles == (tiles and kind == torch.bfloat16)
+    assert packed.tiles == (tiles and (int8 or kind == torch.bfloat16))
     stored = weight.double()
     if int8:
         scale = weight.double().abs().amax(dim=1, keepdim=True) / 127
         stored = (weight.double() / scale).round() * scale
     x = torch.randn(70, shape[1])
-    read = x.bfloat16() if packed.tiles else x
+    x[3] *= 1e4
+    x[5] = 0
+    read = x
+    if packed.tiles:
+        read = sixteen_bits(x) if int8 else x.bfloat16()
     for rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 32, 33, 52, 70):
         out = packed(x[:rows])
         # A quotient on the edge between two steps may round either way: that is one step of one weight.
-        torch.testing.assert_close(out.double(), read[:rows].double() @ stored.t(), rtol=1e-5, atol=1e-5)
+        exact = read[:rows].double() @ stored.t()
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * max(1.0, float(exact.abs().max())))
         assert torch.equal(out, torch.cat([packed(row[None]) for row in x[:rows]]))
 
 
+def sixteen_bits(x: Tensor) -> Tensor:
+    """Each row in steps of its largest / 32,512."""
+    step = x.double().abs().amax(dim=1, keepdim=True) / 32512
+    return (x.double() / step.clamp_min(1e-300)).round() * step
+
+
+def test_sums_of_int8_neither_overflow_nor_lose_small_terms() -> None:
+    """As many inputs as there may be, all of the largest steps: what is left of sums that cancel, and those that do not."""
+    inputs = native_linear.MOST_INPUTS
+    x = torch.full((1, inputs), 32511.0)  # the largest low byte
+    x[0, 0] = 32512.0
+    weight = torch.full((32, inputs), 127.0)
+    whole = PackedWeight.of(weight, int8=True)(x)[0].double()
+    torch.testing.assert_close(whole, torch.full_like(whole, 127.0 * (32511 * inputs + 1)), rtol=1e-3, atol=0)
+    weight[:, 1::2] = -127.0
+    assert PackedWeight.of(weight, int8=True)(x)[0].tolist() == [127.0] * 32
+
+
 def test_int8_refuses_what_it_cannot_pack() -> None:
-    with pytest.raises(ValueError, match="even number of inputs, got 33"):
-        PackedWeight.of(torch.randn(4, 33), int8=True)
+    for inputs in (33, 65538):
+        with pytest.raises(ValueError, match=f"even number of inputs, 65536 at most, got {inputs}"):
+            PackedWeight.of(torch.randn(4, inputs), int8=True)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 301, 49152])
+def test_the_largest_is_where_pytorch_finds_it(size: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal ones the first, of a row without numbers likewise, and a NaN before all."""
+    x = torch.randint(-9, 9, (9, size)).float()
+    x[1] = -torch.inf
+    x[2, size // 2], x[2, -1] = torch.nan, torch.nan
+    x[3, size // 3] = torch.inf
+    x[4] = torch.randn(size)
+    which = torch.tensor([4, 0, 1, 2, 3, 8, 4, 5])
+    found = largest_at(x, which)
+    assert found.tolist() == x[which].argmax(dim=-1).tolist()
+    monkeypatch.setattr(argmax, "library", lambda: None)
+    assert largest_at(x, which).tolist() == found.tolist()
 
 
 def gap(ours: Tensor, exact: Tensor) -> float:
