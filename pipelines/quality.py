@@ -1,4 +1,4 @@
-"""What tuning did to a backbone: perplexity and divergence beside the original. Knows token ids; loads nothing.
+"""What tuning or rounding did to a backbone: perplexity and divergence beside the original. Knows token ids; loads nothing.
 
 S tokens, V vocabulary
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa.backbone import Backbone
+from medusa.backbone import Backbone, Placement
 from pipelines.errors import ConfigError
 from pipelines.heldout_text import PARAGRAPHS
 from pipelines.report import Fidelity, Quality
@@ -75,7 +75,14 @@ def heldout_paragraphs(path: Path | None) -> list[str]:
 
 
 def _hidden(backbone: Backbone, ids: Tensor) -> Tensor:
-    return backbone.hidden_states(ids.to(backbone.device))[0].to(backbone.step_dtype)
+    """ids [1,S] → [S,D], by the arithmetic that decodes: its kernels, its rounding of weights, its cache."""
+    ids = ids.to(backbone.device)
+    length = ids.shape[1]
+    steps = torch.arange(length, device=backbone.device)
+    where = Placement(
+        first_slot=0, offsets=steps.new_zeros(1), depths=steps, visible=steps[:, None] >= steps, length=length
+    )
+    return backbone.step(ids, where, backbone.new_cache(num_slots=1, capacity=length))[0]
 
 
 def _log_probs(backbone: Backbone, hidden: Tensor) -> Tensor:

@@ -13,9 +13,21 @@ import pytest
 import torch
 
 import medusa
-from benchmarks import acceptance, bench, command, distillation, interleaved, our_engines, replay, roofline, training
+from benchmarks import (
+    acceptance,
+    bench,
+    command,
+    distillation,
+    interleaved,
+    our_engines,
+    quality,
+    replay,
+    roofline,
+    training,
+)
 from benchmarks.peers.engines import LLAMA, VLLM_HEADS
 from benchmarks.peers.process import Launch
+from medusa.adapters import Adapters
 from medusa.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.generate import Model
@@ -259,3 +271,45 @@ def test_the_loss_in_chunks_is_measured_beside_the_plain_one(tmp_path: Path) -> 
     assert naive["peak_mib"] > 50
     assert chunked["peak_mib"] < naive["peak_mib"] / 3
     assert min(naive["positions_per_s"], chunked["positions_per_s"]) > 0
+
+
+def test_quality_tells_what_a_smaller_type_costs(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    """float32 beside itself loses nothing; bfloat16, and a tuned backbone, lose what the pages say."""
+    heads = load_checkpoint(heads_folder)
+    generator = torch.Generator().manual_seed(0)
+    model = medusa.load(tiny_folder, heads=None, dtype="float32").backbone.model
+    tuned = {
+        name.removesuffix(".weight"): weight.shape
+        for name, weight in model.named_parameters()
+        if name.endswith("q_proj.weight")
+    }
+    tensors = {
+        name + end: torch.randn(shape, generator=generator)
+        for name, (outputs, inputs) in tuned.items()
+        for end, shape in ((".lora_A.weight", (2, inputs)), (".lora_B.weight", (outputs, 2)))
+    }
+    folder = save_checkpoint(
+        tmp_path / "tuned", heads.heads, paths=[(0,)], backbone_name=heads.backbone_name,
+        backbone_fingerprint=heads.backbone_fingerprint,
+        adapters=Adapters(kind="lora", tensors=tensors, rank=2, alpha=2.0),
+    )  # fmt: skip
+    out = tmp_path / "results"
+    quality.main(
+        backbone=str(tiny_folder), dtype=["float32", "bfloat16"], heads=[str(folder)], device="cpu", threads=1,
+        max_tokens=NUM_TOKENS, batch=2, limit=3, output=out,
+    )  # fmt: skip
+    (page,), (record,) = out.glob("*.md"), out.glob("*.json")
+    found = json.loads(record.read_text())["figures"]
+    assert set(found) == {"float32", "bfloat16", "tuned"}
+    assert found["float32"]["agreement"] == {"num_answers": 3, "equal": 3, "shared_prefix": 1.0}
+    for part in ("answers", "text"):
+        assert found["float32"][part]["mean_kl"] == pytest.approx(0, abs=1e-9)
+        assert 0 < found["bfloat16"][part]["mean_kl"] < found["tuned"][part]["mean_kl"]
+        assert found["float32"][part]["tuned_perplexity"] == found["tuned"][part]["original_perplexity"]
+    assert "| tuned |" in page.read_text()
+
+
+def test_agreement_counts_up_to_the_first_token_that_differs() -> None:
+    theirs = {"a": [1, 2, 3, 4], "b": [1, 2], "c": [7, 8]}
+    ours = {"a": [1, 2, 9, 4], "b": [1, 2], "c": [7], "d": [5]}
+    assert quality.agreement(ours, theirs) == quality.Agreement(num_answers=3, equal=1, shared_prefix=2 / 3)
