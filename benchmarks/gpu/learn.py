@@ -1,15 +1,16 @@
 """MEDUSA-1 and MEDUSA-2 on one device, over answers in memory. Knows `medusa`'s losses; knows no file.
 
     B rows, S tokens of the longest, P positions that predict an answer's token, K heads, R ranks of soft labels, D hidden
-The losses are those of `medusa.losses`, over the whole vocabulary. What is trained is float32 under autocast.
+The losses are those of `medusa.losses`: the backbone's over the whole vocabulary, the heads' over the tokens that they guess
+among, where a target outside them is none. What is trained is float32, under autocast where the backbone is bfloat16.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from benchmarks.gpu.low_rank import LowRank, switched_off
 from medusa.backbone import Backbone
 from medusa.heads import MedusaHeads
 from medusa.linear_loss import Objective, TeacherTarget, linear_loss
-from medusa.losses import IGNORE, HeadsLoss, Reader, SoftLabels, head_targets, heads_loss, next_tokens
+from medusa.losses import IGNORE, HeadsLoss, Reader, SoftLabels, head_targets, heads_loss, next_tokens, true_path
 
 Row = tuple[list[int], list[int]]  # ids of prompt and answer
 
@@ -86,8 +87,10 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def readers(heads: MedusaHeads, backbone: Backbone) -> list[Reader]:
-    """What each head's features are read with: the backbone's lm_head, or its own."""
+    """What each head's features are read with: the backbone's lm_head, of the tokens guessed among, or its own."""
     shared = backbone.lm_head_weight.detach()
+    if heads.vocabulary is not None:
+        shared = shared[heads.vocabulary]
 
     def reader(own: nn.Linear | None) -> Reader:
         weight = shared if own is None else own.weight
@@ -119,6 +122,31 @@ def soft_labels(backbone: Backbone, hidden: Tensor, labels: Tensor, num_heads: i
     return SoftLabels(tokens=tokens[:, inside][wanted], shares=shares[wanted], weight=settings.soft_weight)
 
 
+def places(heads: MedusaHeads, tokens: Tensor) -> Tensor:
+    """Token ids, −100 for none → their places among those that the heads guess among, −100 for a token outside them."""
+    if heads.vocabulary is None:
+        return tokens
+    place = torch.full((heads.vocab_size,), IGNORE, device=tokens.device)
+    place[heads.vocabulary] = torch.arange(len(heads.vocabulary), device=tokens.device)
+    return place[tokens.clamp_min(0)].where(tokens != IGNORE, IGNORE)
+
+
+def heads_part(
+    heads: MedusaHeads,
+    backbone: Backbone,
+    batch: Batch,
+    hidden: Tensor,
+    denominator: float,
+    soft: SoftLabels | None = None,
+) -> HeadsLoss:
+    """The heads' loss from hidden [P,D] at the positions of a batch that predict an answer's token."""
+    kept = next_tokens(batch.labels) != IGNORE
+    targets = places(heads, head_targets(batch.labels, heads.num_heads)[kept])
+    path = heads.path_embeddings(true_path(batch.ids, heads.num_heads)[kept], backbone.embed)
+    features = heads.features(hidden, path=path)
+    return heads_loss(features, targets, readers(heads, backbone), denominator=denominator, soft=soft)
+
+
 def medusa1(heads: MedusaHeads, backbone: Backbone, batch: Batch, settings: Settings, denominator: float) -> HeadsLoss:
     """The heads' loss over a batch, the backbone frozen."""
     with torch.no_grad():
@@ -126,10 +154,10 @@ def medusa1(heads: MedusaHeads, backbone: Backbone, batch: Batch, settings: Sett
         soft = None
         if settings.soft_ranks:
             soft = soft_labels(backbone, hidden, batch.labels, heads.num_heads, settings)
+            chosen = places(heads, soft.tokens)
+            soft = replace(soft, tokens=chosen.clamp_min(0), shares=soft.shares * (chosen != IGNORE))
     kept = next_tokens(batch.labels) != IGNORE
-    targets = head_targets(batch.labels, heads.num_heads)[kept]
-    features = heads.features(hidden[kept])
-    return heads_loss(features, targets, readers(heads, backbone), denominator=denominator, soft=soft)
+    return heads_part(heads, backbone, batch, hidden[kept], denominator, soft)
 
 
 def medusa2(
@@ -148,8 +176,7 @@ def medusa2(
     hidden = backbone.hidden_states(batch.ids)[kept]
     objective = TeacherTarget(hidden=original.to(weight.dtype), weight=weight, transform=backbone.transform)
     kl = linear_loss([(hidden.to(weight.dtype), weight)], objective, transform=backbone.transform) / denominator
-    targets = head_targets(batch.labels, heads.num_heads)[kept]
-    found = heads_loss(heads.features(hidden), targets, readers(heads, backbone), denominator=denominator)
+    found = heads_part(heads, backbone, batch, hidden, denominator)
     return kl + settings.lambda0 * found.loss, kl.detach(), found
 
 
@@ -161,8 +188,12 @@ def train(
     *,
     layers: dict[str, LowRank] | None = None,
     every: int = 20,
+    tell: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> Log:
-    """Train in place: MEDUSA-2 where `layers` are given, else MEDUSA-1. Warm-up, then a cosine to zero at the end."""
+    """Train in place: MEDUSA-2 where `layers` are given, else MEDUSA-1. Warm-up, then a cosine to zero at the end.
+
+    `tell` hears each entry of the log as it is made.
+    """
     backbone.model.requires_grad_(False)
     groups = [{"params": list(heads.parameters()), "lr": settings.lr, "most": settings.lr}]
     if layers is not None:
@@ -177,7 +208,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
     device, log, began = backbone.device, Log(), time.monotonic()
     total = settings.epochs * sum(len(prompt) + len(answer) for prompt, answer in rows)
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
     for step in _steps(rows, settings):
         progress = max(log.tokens / total, (time.monotonic() - began) / settings.limit_s)
         if progress >= 1:
@@ -208,6 +239,7 @@ def train(
             means = (sums / counts.clamp_min(1)).tolist()
             entry = {"step": log.steps, "tokens": log.tokens, "seconds": time.monotonic() - began, "kl": kls}
             log.entries.append(entry | {f"head{k}": value for k, value in enumerate(means, start=1)})
+            tell(log.entries[-1])
     return log
 
 

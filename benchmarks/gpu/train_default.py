@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 HELD_OUT_PERCENT = 1
 MAX_HELD_OUT = 200
 MAX_NODES = 64
-LORA_ALPHA, LORA_DROPOUT = 16.0, 0.05
+LORA_ALPHA = 16.0
 
 
 @app.command("answer")
@@ -90,7 +90,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> MedusaHeads:
-    """Heads to train, in float32, over the whole vocabulary: fresh ones ("none") or others ("default", "hydra": shipped)."""
+    """Heads to train, in float32: fresh ones ("none") or others ("default", "hydra": shipped), with their vocabulary."""
     trained = None
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32).heads
@@ -98,6 +98,7 @@ def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> Medus
     heads = MedusaHeads(
         shape, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, dtype=torch.float32,
         device=backbone.device, lm_head_weight=backbone.lm_head_weight.detach(),
+        vocabulary=None if trained is None else trained.vocabulary,
     )  # fmt: skip
     if trained is not None:
         heads.load_state_dict(trained.state_dict())
@@ -107,7 +108,7 @@ def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> Medus
 @torch.inference_mode()
 def held_out(heads: MedusaHeads, backbone: Backbone, rows: Sequence[Row]) -> HitTable:
     """Hits by rank over held-out answers."""
-    cast = torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.device.type == "cuda")
+    cast = torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
     with cast:
         ranks = torch.cat(list(guessed_ranks(backbone, heads, rows, rows=512)))
     hits = torch.stack([(ranks == rank).sum(dim=0) for rank in range(MAX_RANKS)], dim=1)
@@ -123,8 +124,10 @@ def train_command(
     start_from: Annotated[str, typer.Option(help="'none', 'default', 'hydra' or a heads folder")] = "none",
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
+    kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     lm_heads: Annotated[str, typer.Option(help="shared or own")] = "shared",
     rank: Annotated[int, typer.Option(help="of the adapters; 0: MEDUSA-1")] = 0,
+    dropout: Annotated[float, typer.Option(help="of what the adapters read")] = 0.05,
     lr: Annotated[float, typer.Option(help="of the heads")] = 1e-3,
     lambda0: Annotated[float, typer.Option()] = 0.2,
     soft: Annotated[int, typer.Option(help="ranks of soft labels (MEDUSA-1)")] = 0,
@@ -133,21 +136,24 @@ def train_command(
     tokens_a_step: Annotated[int, typer.Option()] = 32768,
     tokens_at_once: Annotated[int, typer.Option()] = 32768,
     device: Annotated[str, typer.Option()] = "cuda",
+    dtype: Annotated[str, typer.Option(help="of the backbone; what is trained is float32")] = "bfloat16",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train one set of heads, measure it on held-out answers, save it."""
     torch.manual_seed(seed)
-    base = load_backbone(backbone, dtype="bfloat16" if device == "cuda" else "float32", device=device, fused=False)
+    base = load_backbone(backbone, dtype=dtype, device=device, fused=False)
     fingerprint = base.fingerprint
     learn, held = read_rows(data)
-    heads = make_heads(base, start_from, HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads))  # type: ignore[arg-type]
+    heads = make_heads(
+        base, start_from, HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads, kind=kind)
+    )  # type: ignore[arg-type]
     settings = Settings(
         lr=lr, lambda0=lambda0, soft_ranks=soft, epochs=epochs, limit_s=60 * minutes, tokens_a_step=tokens_a_step,
         tokens_at_once=tokens_at_once, seed=seed,
     )  # fmt: skip
-    layers = adapt(base.model, rank=rank, alpha=LORA_ALPHA, dropout=LORA_DROPOUT) if rank else None
+    layers = adapt(base.model, rank=rank, alpha=LORA_ALPHA, dropout=dropout) if rank else None
     began = time.monotonic()
-    log = train(heads, base, learn, settings, layers=layers)
+    log = train(heads, base, learn, settings, layers=layers, tell=told_briefly)
     seconds = time.monotonic() - began
     hits = held_out(heads, base, held)
     top = {n: [round(float(row[:n].sum()), 4) for row in hits.accuracy] for n in (1, 5)}
@@ -173,6 +179,10 @@ def train_command(
     }
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
     console.print(f"{out}: {log.steps} steps, {log.tokens} tokens in {seconds:.0f} s; top-1 {top[1]}, top-5 {top[5]}")
+
+
+def told_briefly(entry: dict[str, float]) -> None:
+    console.print(", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
 
 
 def card(settings: Settings, log: Log, *, rows: int, seconds: float, rank: int, start_from: str) -> dict[str, Any]:

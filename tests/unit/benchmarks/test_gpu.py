@@ -48,6 +48,31 @@ def test_a_padded_batch_has_the_loss_of_its_rows_one_by_one(lm_heads: str) -> No
     assert float(found.loss.detach()) == pytest.approx(float(total), rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_heads_learn_among_their_vocabulary_and_read_the_path(kind: str) -> None:
+    """Against the cross-entropies written down row by row, from the logits with which the heads guess."""
+    backbone = tiny_backbone(dtype=torch.float64)
+    backbone.model.requires_grad_(False)
+    vocabulary = torch.tensor([0, 2, 3, 5, 8, 9])
+    heads = random_heads(backbone, kind=kind, vocabulary=vocabulary)
+    total, outside = 0.0, 0
+    for prompt, said in ROWS:
+        ids = prompt + said
+        hidden = backbone.hidden_states(torch.tensor([ids]))[0]
+        for t in range(len(prompt) - 1, len(ids) - 1):
+            path = torch.tensor([*ids[t + 1 :], 0, 0][: heads.num_heads])
+            reader = backbone.lm_head_for(vocabulary)
+            log_p = heads.logits(hidden[t], reader, path=path).detach().log_softmax(dim=-1)
+            for k in range(1, heads.num_heads + 1):
+                if t + k + 1 < len(ids):
+                    place = (vocabulary == ids[t + k + 1]).nonzero().flatten().tolist()
+                    total -= 0.8**k * sum(float(log_p[k - 1, p]) for p in place)
+                    outside += not place
+    found = medusa1(heads, backbone, collate(ROWS, CPU), Settings(), 7.0)
+    assert outside > 3
+    assert float(found.loss.detach()) == pytest.approx(total / 7.0, rel=1e-9)
+
+
 def test_soft_labels_are_the_backbones_own_guesses_where_the_targets_stand() -> None:
     backbone, settings = tiny_backbone(dtype=torch.float64), Settings(soft_ranks=3)
     batch = collate(ROWS, CPU)
