@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -90,9 +90,12 @@ def main(
         raise ValueError("the original answered none of the prompts; give shorter ones")
     asked = {row.id: original.encode(list(row.messages)) for row in rows}
     paragraphs = [original.backbone.tokenizer(part)["input_ids"] for part in heldout_paragraphs(text)]
-    chosen = {name: (None, name) for name in dict.fromkeys(dtype or ["bfloat16", "int8"])}
+    chosen: dict[str, tuple[str | None, str]] = {
+        name: (None, name) for name in dict.fromkeys(dtype or ["bfloat16", "int8"])
+    }
     chosen |= {label: (folder, "float32") for label, folder in labelled(heads or []).items()}
-    lines, figures = [], {}
+    lines: list[list[str]] = []
+    figures: dict[str, Any] = {}
     for name, (folder, kind) in chosen.items():
         model = medusa.load(backbone, heads=folder, dtype=kind, device=device)
         quality = compare_backbones(

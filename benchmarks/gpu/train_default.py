@@ -144,9 +144,8 @@ def train_command(
     base = load_backbone(backbone, dtype=dtype, device=device, fused=False)
     fingerprint = base.fingerprint
     learn, held = read_rows(data)
-    heads = make_heads(
-        base, start_from, HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads, kind=kind)
-    )  # type: ignore[arg-type]
+    shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads, kind=kind)  # type: ignore[arg-type]
+    heads = make_heads(base, start_from, shape)
     settings = Settings(
         lr=lr, lambda0=lambda0, soft_ranks=soft, epochs=epochs, limit_s=60 * minutes, tokens_a_step=tokens_a_step,
         tokens_at_once=tokens_at_once, seed=seed,
