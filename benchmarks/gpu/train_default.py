@@ -89,8 +89,17 @@ def read_rows(folder: Path) -> tuple[list[Row], list[Row]]:
     return learn, held[:MAX_HELD_OUT] or learn[:1]
 
 
-def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> MedusaHeads:
-    """Heads to train, in float32: fresh ones ("none") or others ("default", "hydra": shipped), with their vocabulary."""
+def frequent_tokens(rows: Sequence[Row], size: int, vocab_size: int) -> torch.Tensor | None:
+    """Ascending ids of the `size` most frequent tokens of the answers; None, for all tokens, where it is 0."""
+    counts = torch.bincount(torch.tensor([token for _, answer in rows for token in answer]), minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[:size].sort().values if size else None
+
+
+def make_heads(
+    backbone: Backbone, start_from: str, shape: HeadsConfig, vocabulary: torch.Tensor | None = None
+) -> MedusaHeads:
+    """Heads to train, in float32: fresh ones ("none"), which guess among `vocabulary`, or others ("default", "hydra": shipped)
+    with their own."""
     trained = None
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32).heads
@@ -98,7 +107,7 @@ def make_heads(backbone: Backbone, start_from: str, shape: HeadsConfig) -> Medus
     heads = MedusaHeads(
         shape, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, dtype=torch.float32,
         device=backbone.device, lm_head_weight=backbone.lm_head_weight.detach(),
-        vocabulary=None if trained is None else trained.vocabulary,
+        vocabulary=vocabulary if trained is None else trained.vocabulary,
     )  # fmt: skip
     if trained is not None:
         heads.load_state_dict(trained.state_dict())
@@ -126,6 +135,7 @@ def train_command(
     num_layers: Annotated[int, typer.Option()] = 2,
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     lm_heads: Annotated[str, typer.Option(help="shared or own")] = "shared",
+    vocabulary: Annotated[int, typer.Option(help="most frequent tokens that fresh heads guess among; 0: all")] = 0,
     rank: Annotated[int, typer.Option(help="of the adapters; 0: MEDUSA-1")] = 0,
     dropout: Annotated[float, typer.Option(help="of what the adapters read")] = 0.05,
     lr: Annotated[float, typer.Option(help="of the heads")] = 1e-3,
@@ -145,7 +155,7 @@ def train_command(
     fingerprint = base.fingerprint
     learn, held = read_rows(data)
     shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads, kind=kind)  # type: ignore[arg-type]
-    heads = make_heads(base, start_from, shape)
+    heads = make_heads(base, start_from, shape, frequent_tokens(learn, vocabulary, base.vocab_size))
     settings = Settings(
         lr=lr, lambda0=lambda0, soft_ranks=soft, epochs=epochs, limit_s=60 * minutes, tokens_a_step=tokens_a_step,
         tokens_at_once=tokens_at_once, seed=seed,

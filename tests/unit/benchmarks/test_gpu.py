@@ -184,8 +184,9 @@ def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_pa
         "--lr",
         "0.01",
     ]
-    outcome = run(train_default.app, [*learning, "--out", str(first), "--soft", "2", *common])
+    outcome = run(train_default.app, [*learning, "--out", str(first), "--soft", "2", "--vocabulary", "40", *common])
     assert outcome.exit_code == 0, outcome.output
+    assert load_checkpoint(first).heads.num_choices == 40
     joint = ["--out", str(second), "--rank", "2", "--start-from", str(first)]
     outcome = run(train_default.app, [*learning, *joint, *common])
     assert outcome.exit_code == 0, outcome.output
