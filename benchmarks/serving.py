@@ -36,7 +36,7 @@ from pipelines.builtin_prompts import BUILTIN
 DECODINGS: dict[str, dict[str, Any]] = {"plain": {"tree_nodes": 1}, "tree": {}}
 COLUMNS = (
     "load", "tokens/s", "answers/s", "TTFT ms p50 / p95", "gap ms p50 / p95 / p99", "TPOT ms p50", "finished", "refused",
-    "error", "lost", "identical", "differing", "mixed", "RSS MiB before → after (peak)", "growth MiB",
+    "error", "lost", "identical", "differing", "mixed", "RSS MiB before → after (peak)", "growth MiB (of the model's process)",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class Level:
         return [
             self.name, f"{f.tokens_per_s:.1f}", f"{f.requests_per_s:.2f}", _ms(f.ttft_ms, "p50", "p95"),
             _ms(f.gap_ms, "p50", "p95", "p99"), _ms(f.tpot_ms, "p50"), *ends, str(f.lost), str(a.identical),
-            str(a.differing), str(a.mixed), memory, f"{m.growth_mib:+.1f}" if m else "–",
+            str(a.differing), str(a.mixed), memory, f"{m.growth_mib:+.1f} ({m.largest_growth_mib:+.1f})" if m else "–",
         ]  # fmt: skip
 
 

@@ -215,7 +215,7 @@ class Siege:
             ["answered 5xx or not in OpenAI's form", f"{t.bad} {'; '.join(t.first_bad)}".strip()],
             ["not answered within the limit", str(t.timed_out)],
             ["RSS MiB before → after, growth in the later half", "–" if m is None else
-             f"{m.before_mib:.0f} → {m.after_mib:.0f}, {m.growth_mib:+.1f}"],
+             f"{m.before_mib:.0f} → {m.after_mib:.0f}, {m.growth_mib:+.1f} ({m.largest_growth_mib:+.1f})"],
             ["sockets left", str(self.sockets_left)],
             ["good requests afterwards: identical, differing, mixed, refused", ", ".join(
                 map(str, (self.answers.identical, self.answers.differing, self.answers.mixed, self.refused_after)))],

@@ -16,22 +16,26 @@ PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A process and all below it at one moment. `rss_mib` counts what processes share once for each."""
+    """A process and all below it at one moment. `rss_mib` counts what processes share once for each; `largest_mib` is that
+    of the largest of them, which holds the model."""
 
     at_s: float
     num_processes: int
     rss_mib: float
+    largest_mib: float
     sockets: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """`growth_mib`: the last quarter's median less the second quarter's, the first being left out as warm-up."""
+    """`growth_mib`: the last quarter's median less the second quarter's, the first being left out as warm-up; and that of
+    the largest process alone."""
 
     before_mib: float
     peak_mib: float
     after_mib: float
     growth_mib: float
+    largest_growth_mib: float
     sockets_before: int
     sockets_after: int
 
@@ -44,6 +48,7 @@ class Memory:
             peak_mib=max(sample.rss_mib for sample in samples),
             after_mib=samples[-1].rss_mib,
             growth_mib=median(s.rss_mib for s in last) - median(s.rss_mib for s in second),
+            largest_growth_mib=median(s.largest_mib for s in last) - median(s.largest_mib for s in second),
             sockets_before=samples[0].sockets,
             sockets_after=samples[-1].sockets,
         )
@@ -68,10 +73,12 @@ def command_line(pid: int) -> str:
 
 def sample(pid: int) -> Sample:
     pids = family(pid)
+    sizes = list(map(_rss_mib, pids))
     return Sample(
         at_s=time.perf_counter(),
         num_processes=len(pids),
-        rss_mib=sum(map(_rss_mib, pids)),
+        rss_mib=sum(sizes),
+        largest_mib=max(sizes),
         sockets=sum(map(_num_sockets, pids)),
     )
 

@@ -129,11 +129,15 @@ def test_what_a_kill_did() -> None:
 
 def test_memory_growth_leaves_the_warm_up_out() -> None:
     def at(values: list[float]) -> Memory:
-        return Memory.of([Sample(at_s=i, num_processes=1, rss_mib=v, sockets=0) for i, v in enumerate(values)])
+        samples = [
+            Sample(at_s=i, num_processes=1, rss_mib=v, largest_mib=v / 2, sockets=0) for i, v in enumerate(values)
+        ]
+        return Memory.of(samples)
 
     assert at([1, 1, 50, 50, 100, 100, 100, 100]).growth_mib == 50
     assert at([1, 90, 100, 100, 100, 100, 100, 100, 100, 100, 100, 100]).growth_mib == 0
     assert at([10, 20, 30, 40]).growth_mib == 20
+    assert at([10, 20, 30, 40]).largest_growth_mib == 10
 
 
 def test_a_process_is_sampled_with_those_below_it() -> None:
@@ -147,7 +151,7 @@ def test_a_process_is_sampled_with_those_below_it() -> None:
         child.communicate()
     assert now.num_processes == before.num_processes + 1
     assert now.sockets == before.sockets + 1
-    assert now.rss_mib > before.rss_mib
+    assert now.rss_mib > before.rss_mib >= before.largest_mib > 0
 
 
 def test_a_server_is_started_killed_restarted_and_ended(tmp_path: Path) -> None:
