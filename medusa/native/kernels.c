@@ -4,8 +4,9 @@
 
    Weights keep their own type and are widened in registers; all arithmetic is float32. Where the processor multiplies
    tiles (AMX), the inputs of products are rounded: with bfloat16 weights to bfloat16, their sums float32; with int8 weights
-   to 16 bits of each row's largest, their sums exact. What a row gets does not depend on the rows beside it, on masked positions or on the number of threads: every sum runs in one fixed order. So
-   a tree of any shape and a batch of any size give, bit for bit, what plain decoding of the sequence alone gives.
+   to 16 bits of each row's largest, their sums exact. What a row gets does not depend on the rows beside it, on masked
+   positions or on the number of threads: every sum runs in one fixed order. So a tree of any shape and a batch of any size
+   give, bit for bit, what plain decoding of the sequence alone gives.
 
    Plain C with GCC's vector types; compiled for the machine at hand by medusa/native/build.py. */
 
@@ -257,18 +258,24 @@ static void narrow(const float *x, int64_t inputs, uint16_t *y)
         store_half(y + i / DEEP * SIDE * DEEP + i % DEEP, load_padded(x, i, inputs));
 }
 
-/* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth. */
+/* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth, NaN where the row
+   has one. */
 static float narrow_to_bytes(const float *x, int64_t inputs, uint8_t *y)
 {
     const Floats magic = spread(12582912.0f); /* adding it rounds to an integer */
     Floats most = {0};
+    Ints broken = {0};
     for (int64_t i = 0; i < inputs; i += LANES) {
         Floats some = load_padded(x, i, inputs);
         some = choose(some < 0, -some, some);
         most = choose(some > most, some, most);
+        broken |= some != some;
     }
     float largest = 0;
-    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    for (int i = 0; i < LANES; i++) {
+        if (broken[i]) return NAN;
+        largest = most[i] > largest ? most[i] : largest;
+    }
     const float steps = largest > 0 ? STEPS / largest : 0;
     for (int64_t i = 0; i < upward(inputs, DEEPER); i += LANES) {
         const Ints whole = __builtin_convertvector((load_padded(x, i, inputs) * steps + magic) - magic, Ints);

@@ -110,6 +110,16 @@ def test_sums_of_int8_neither_overflow_nor_lose_small_terms() -> None:
     assert PackedWeight.of(weight, int8=True)(x)[0].tolist() == [127.0] * 32
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_broken_stays_so_alone(int8: bool, value: float) -> None:
+    x = torch.randn(3, 34)
+    x[1, 5] = value
+    out = PackedWeight.of(torch.randn(8, 34).bfloat16(), int8=int8)(x)
+    assert out.isfinite().all(dim=1).tolist() == [True, False, True]
+    assert not out[1].isfinite().any()
+
+
 def test_int8_refuses_what_it_cannot_pack() -> None:
     for inputs in (33, 65538):
         with pytest.raises(ValueError, match=f"even number of inputs, 65536 at most, got {inputs}"):
