@@ -7,8 +7,7 @@ the time, so this script samples it: every frequent token, every label of the st
 weight in the normaliser is multiplied by how many they stand for (importance sampling; Jean et al., arXiv 1412.2007).
 Held-out accuracy is measured over the whole vocabulary.
 
-The hydra heads in `medusa/pretrained` were made by it, the default ones by an earlier form with the same softmax, settings
-and mix of prompts. Both were then given the vocabulary and the default size that their cards name.
+The heads in `medusa/pretrained` were made by it and then given the default size that their cards name.
 """
 
 from __future__ import annotations
