@@ -101,7 +101,7 @@ def main(
         quality = compare_backbones(
             model.backbone,
             original.backbone,
-            answers=[(asked[name], said) for name, said in wanted.items()],
+            answers=[(asked[prompt], said) for prompt, said in wanted.items()],
             texts=paragraphs,
         )
         agreed = agreement(answers_of(model, rows, max_tokens=max_tokens, batch=batch), wanted)
