@@ -195,6 +195,15 @@ class Backbone:
         }
         return self._run(ids, positions, masks, cache)
 
+    def step_alone(self, ids: Tensor) -> Tensor:
+        """ids [1,S] → last hidden states [1,S,D] of one step over a cache of its own: by the arithmetic that decodes."""
+        length = ids.shape[1]
+        steps = torch.arange(length, device=ids.device)
+        where = Placement(
+            first_slot=0, offsets=steps.new_zeros(1), depths=steps, visible=steps[:, None] >= steps, length=length
+        )
+        return self.step(ids, where, self.new_cache(num_slots=1, capacity=length))
+
     def hidden_states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """ids [B,S], padded on the right if at all → last hidden states [B,S,D] of a plain causal forward, no cache.
 
@@ -400,14 +409,8 @@ def check_decodable(backbone: Backbone) -> None:
     model = backbone.model
     # Ordinary text: bf16 noise on unlikely token sequences can grow as large as a real fault.
     ids = torch.tensor([list(backbone.tokenizer(CHECK_TEXT)["input_ids"])], device=backbone.device)
-    length = ids.shape[1]
-    steps = torch.arange(length, device=backbone.device)
-    placement = Placement(
-        first_slot=0, offsets=steps.new_zeros(1), depths=steps, visible=steps[:, None] >= steps, length=length
-    )
     try:
-        cache = backbone.new_cache(num_slots=1, capacity=length)
-        ours = backbone.logits(backbone.step(ids, placement, cache)).double()
+        ours = backbone.logits(backbone.step_alone(ids)).double()
         model.set_attn_implementation("eager")
         theirs = model(input_ids=ids, use_cache=False).logits.double()
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -20,6 +20,7 @@ from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree, dynamic_candidat
 from medusa.heads import MedusaHeads
 from medusa.hydra import check_tree, sequential_candidates
 from medusa.logprobs import TokenLogprobs
+from medusa.native.build import library
 from medusa.sampling import SamplingRows
 from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
 from medusa.tree import DeviceTree, RowTrees, Tree
@@ -76,6 +77,8 @@ class Decoder:
         else:
             check_tree(heads, tree)
         device = backbone.device
+        if device.type == "cpu":
+            library()  # compiled now, if it must be, not in the first step
         self.backbone = backbone
         self.heads = heads
         self.head_reader = backbone.lm_head_for(heads.vocabulary) if heads else backbone

@@ -122,7 +122,7 @@ class MedusaHeads(nn.Module):
         """`lm_head_weight` [V,D] starts the heads' own lm_heads; without it they start at random.
 
         `vocabulary` (ascending ids) names the tokens that heads guess among when they share the backbone's lm_head;
-        the backbone itself always scores all. Training looks at the whole vocabulary either way.
+        the backbone itself always scores all. The losses of `losses.py` look at whatever lm_head they are given.
         """
         super().__init__()
         if vocabulary is not None and config.lm_heads != "shared":

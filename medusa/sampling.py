@@ -172,14 +172,11 @@ def draw(logits: Tensor, rows: SamplingRows, position: Tensor, node: Tensor | No
         logits, node = logits[:, None], torch.zeros_like(position)
     flat = logits.flatten(0, 1)
     at = torch.arange(len(node), device=node.device) * logits.shape[1] + node
-    # Exact, and a quarter of the time: PyTorch's argmax over bfloat16 is not vectorised on a CPU.
-    exact = logits.device.type == "cpu" and logits.dtype == torch.bfloat16
-    top = flat[at].float().argmax(dim=-1) if exact else largest_at(flat, at)
+    top = largest_at(flat, at)
     if not rows.any_noise:
         return top
-    chosen = flat[at]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    scaled = chosen.to(wide) / rows.temperature[:, None].to(wide)
+    scaled = flat[at].to(wide) / rows.temperature[:, None].to(wide)
     if rows.any_filter:
         scaled = filter_logits(scaled, rows.top_k, rows.top_p)
     noise = gumbel_noise(rows.seed, rows.choice, position, logits.shape[-1])

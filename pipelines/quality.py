@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa.backbone import Backbone, Placement
+from medusa.backbone import Backbone
 from pipelines.errors import ConfigError
 from pipelines.heldout_text import PARAGRAPHS
 from pipelines.report import Fidelity, Quality
@@ -41,7 +41,9 @@ def fidelity(tuned: Backbone, original: Backbone, sequences: Sequences) -> Fidel
         if ids.shape[1] <= first:
             continue
         wanted = ids[0, first:]
-        hidden_tuned, hidden_original = (_hidden(model, ids)[first - 1 : -1] for model in (tuned, original))
+        hidden_tuned, hidden_original = (
+            model.step_alone(ids.to(model.device))[0, first - 1 : -1] for model in (tuned, original)
+        )
         for start in range(0, len(wanted), _ROWS):
             rows = slice(start, start + _ROWS)
             log_p = _log_probs(original, hidden_original[rows])
@@ -72,17 +74,6 @@ def heldout_paragraphs(path: Path | None) -> list[str]:
     if not any(line.strip() for line in lines):
         raise ConfigError(f"evaluate.text: {path} holds no text; give one paragraph a line")
     return [line.strip() for line in lines if line.strip()]
-
-
-def _hidden(backbone: Backbone, ids: Tensor) -> Tensor:
-    """ids [1,S] → [S,D], by the arithmetic that decodes: its kernels, its rounding of weights, its cache."""
-    ids = ids.to(backbone.device)
-    length = ids.shape[1]
-    steps = torch.arange(length, device=backbone.device)
-    where = Placement(
-        first_slot=0, offsets=steps.new_zeros(1), depths=steps, visible=steps[:, None] >= steps, length=length
-    )
-    return backbone.step(ids, where, backbone.new_cache(num_slots=1, capacity=length))[0]
 
 
 def _log_probs(backbone: Backbone, hidden: Tensor) -> Tensor:

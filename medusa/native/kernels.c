@@ -410,10 +410,11 @@ static void float32_tile(const Weight *w, int64_t panel, int panels, const float
 static void block(const Weight *w, int64_t panel, int panels, const void *x, int64_t row, int rows, float *out)
 {
     const float *from = (const float *)x + row * w->inputs;
-    const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
-    if (w->type == TILES) tiles(w, panel, (const uint16_t *)band, rows, out);
-    else if (w->type == INT8_TILES) byte_tiles(w, panel, band, rows, out);
-    else if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, from, rows, out);
+    if (in_tiles(w)) {
+        const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
+        if (w->type == TILES) tiles(w, panel, (const uint16_t *)band, rows, out);
+        else byte_tiles(w, panel, band, rows, out);
+    } else if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, from, rows, out);
     else if (w->type == INT8) int8_tile(w, panel, panels, from, rows, out);
     else float32_tile(w, panel, panels, from, rows, out);
 }
