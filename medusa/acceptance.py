@@ -68,7 +68,10 @@ def walk(
     *,
     early_exit: bool = False,
 ) -> Acceptance:
-    """Greedy and rejection acceptance. The backbone chooses only along the path walked."""
+    """Greedy and rejection acceptance. The backbone chooses only along the path walked; but where nobody looks at the data
+    and choosing is a matter of logits alone, at all nodes at once."""
+    if not early_exit and not rows.any_noise:
+        return _walk_at_once(tree, tokens, logits, rows)
     node = torch.zeros_like(root_position)
     moving = torch.ones_like(node, dtype=torch.bool)
     next_root = torch.zeros_like(node)
@@ -85,6 +88,18 @@ def walk(
             break
         node = torch.where(moving, match.to(torch.int8).argmax(dim=-1), node)
     return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
+
+
+def _walk_at_once(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows) -> Acceptance:
+    """The greedy walk without its steps: a node is reached when it and all above it carry what their parents choose."""
+    chosen = logits.argmax(dim=-1)
+    agrees = tokens == chosen.gather(1, tree.parents.clamp_min(0))
+    agrees[:, 0] = True
+    if rows.any_limit:
+        agrees &= _within(rows, tree)
+    reached = (agrees[:, None, :] | ~tree.ancestor_mask).all(dim=-1)
+    node = torch.where(reached, tree.depths, -1).argmax(dim=-1)
+    return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=chosen.gather(1, node[:, None]).squeeze(1))
 
 
 def accept_typical(

@@ -8,19 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medusa.attention import has_triton
 from medusa.tree import DeviceTree
 
 
 def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:
     """logits [...,V] → where the `num_ranks` best stand [...,R], best first; of equal logits the first comes first.
 
-    `topk` orders ties as it likes, so value and place are ranked as one integer: a low-precision logit ties often. On a CPU
-    float32 is looked at first, where no tie among the best means that there is nothing to order.
+    On a CPU float32 is looked at first, where no tie among the best means that there is nothing to order. On a GPU two
+    Triton kernels do what `ranked_by_keys` does.
     """
+    if logits.device.type == "cuda" and has_triton():
+        from medusa import ranks_triton
+
+        return ranks_triton.ranked_places(logits, num_ranks)
     if logits.device.type == "cpu" and logits.dtype == torch.float32 and num_ranks < logits.shape[-1]:
         best = logits.topk(num_ranks + 1, dim=-1)
         if (best.values[..., 1:] < best.values[..., :-1]).all():  # a NaN is not less either
             return best.indices[..., :-1]
+    return ranked_by_keys(logits, num_ranks)
+
+
+def ranked_by_keys(logits: Tensor, num_ranks: int) -> Tensor:
+    """As `ranked_places`, on any device and for any number of ranks.
+
+    `topk` orders ties as it likes, so value and place are ranked as one integer: a low-precision logit ties often.
+    """
     bits = logits.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
     places = torch.arange(logits.shape[-1], device=logits.device)

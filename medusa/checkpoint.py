@@ -168,8 +168,11 @@ def load_checkpoint(
         device=backbone.device if backbone else None,
     )
     _load_strictly(heads, weights, root / WEIGHTS)
-    if backbone is not None and backbone.packs and dtype is None:
-        heads.pack(backbone.linear)
+    if backbone is not None and dtype is None:  # to decode with
+        if backbone.packs:
+            heads.pack(backbone.linear)
+        elif backbone.device.type == "cuda":
+            heads.stack()
     if adapters is not None and backbone is not None:
         adapters.check_fits(backbone.model)
     paths, default_nodes, accuracy = _read_paths(root / TREE), config.get("default_nodes"), config.get("accuracy")

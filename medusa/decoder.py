@@ -119,9 +119,7 @@ class Decoder:
         """
         device, slots = self.backbone.device, slice(first_slot, first_slot + len(parts))
         size = chunk_size(max(map(len, parts)))
-        ids = torch.zeros(len(parts), size, dtype=torch.long)
-        for row, part in enumerate(parts):
-            ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
+        ids = torch.tensor([[*part, *[0] * (size - len(part))] for part in parts], dtype=torch.long)
         steps = torch.arange(size, device=device)
         placement = Placement(
             first_slot=first_slot,
@@ -131,10 +129,12 @@ class Decoder:
             length=_bucket(max(self._host_lengths[slots]) + size),
         )
         hidden = self.backbone.step(ids.to(device), placement, self.cache)
-        for row, part in enumerate(parts):
-            if part:
-                self.hidden[first_slot + row] = hidden[row, len(part) - 1]
-                self._set_length(first_slot + row, self._host_lengths[first_slot + row] + len(part))
+        counts = torch.tensor([len(part) for part in parts], device=device)  # all rows at once: there may be thousands
+        last = hidden[torch.arange(len(parts), device=device), (counts - 1).clamp_min(0)]
+        self.hidden[slots] = torch.where(counts[:, None] > 0, last, self.hidden[slots])
+        self.lengths[slots] += counts
+        for slot, part in enumerate(parts, start=first_slot):
+            self._host_lengths[slot] += len(part)
 
     @torch.inference_mode()
     def start(self, first_slot: int, rows: SamplingRows) -> StepTokens:
@@ -151,8 +151,12 @@ class Decoder:
 
     def prefill(self, first_slot: int, prompts: Sequence[Sequence[int]], rows: SamplingRows) -> StepTokens:
         """All of this at once: whole prompts into slots first_slot, … and the first token of each answer."""
-        for slot in range(first_slot, first_slot + len(prompts)):
-            self.open(slot)
+        slots = range(first_slot, first_slot + len(prompts))
+        for slot in slots:
+            self.cache.free(slot)
+            self._host_lengths[slot] = 0
+        for state in (self.lengths, self.roots, self.hidden):
+            state[slots.start : slots.stop] = 0
         for start in range(0, max(map(len, prompts)), self.prefill_chunk):
             self.extend(first_slot, [prompt[start : start + self.prefill_chunk] for prompt in prompts])
         return self.start(first_slot, rows)
@@ -263,9 +267,10 @@ class Decoder:
 
     def _to_host(self, table: Tensor) -> list[list[int]]:
         emitted = []
-        for row, (accepted, root, *path) in enumerate(table.tolist()):
+        for row, values in enumerate(table.tolist()):
+            accepted, root = values[:2]
             self._host_lengths[row] += 1 + accepted
-            emitted.append([*path[:accepted], root])
+            emitted.append([*values[2 : 2 + accepted], root])
         return emitted
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from medusa.backbone import Backbone
 from medusa.config import SamplingParams
@@ -32,6 +33,21 @@ BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # A chunk should take about as long as a few decode steps: that is how long those running may wait.
 PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
 _IDLE = SamplingParams(max_tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Those running as a step sees them, the same until one of them comes or goes; `num_rows` counts idle rows too.
+
+    Of a tree some use `least` nodes whatever a policy offers, and nobody more than `most`. `unlimited` are the slots whose
+    requests set no limit.
+    """
+
+    num_rows: int
+    rows: SamplingRows
+    least: int
+    most: int
+    unlimited: tuple[int, ...]
 
 
 class Engine:
@@ -93,7 +109,7 @@ class Engine:
         self._sizes = tree_sizes(self.tree)
         self._gain = Gain()
         self._schedule = Schedule(max_batch_size)
-        self._rows: SamplingRows | None = None
+        self._batch: _Batch | None = None
         self._step_owed = False  # those running wait since the last chunk
 
     @property
@@ -213,7 +229,7 @@ class Engine:
             sequence.start()
             self._keep_prefix(slot, sequence)
         self._schedule.begin(sequences)
-        self._rows = None
+        self._batch = None
         return self._emit(first, step, 0)
 
     def _keep_prefix(self, slot: int, sequence: Sequence) -> None:
@@ -228,21 +244,34 @@ class Engine:
         live = len(self._schedule.running)
         if not live:
             return []
-        num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
-        params = [s.params for s in self._schedule.running]
-        if self._rows is None:
-            self._rows = self._sampling_rows(self._schedule.running, num_idle=num_rows - live)
-        nodes = self._choose_nodes(num_rows, params)
+        if self._batch is None:
+            self._batch = self._gather(self._schedule.running)
+        batch = self._batch
+        nodes = self._choose_nodes(batch)
         began = time.perf_counter()
-        step = self.decoder.step(num_rows, self._rows, live=live, nodes=nodes)
+        step = self.decoder.step(batch.num_rows, batch.rows, live=live, nodes=nodes)
         seconds = time.perf_counter() - began
         self.step_seconds.append(seconds)
         if self.policy is not None:
-            free = [len(tokens) for tokens, p in zip(step.tokens, params, strict=True) if p.tree_nodes is None]
-            self._gain.see(expected=self.policy.expected.get(nodes, 1.0), emitted=free)
+            emitted = [len(step.tokens[slot]) for slot in batch.unlimited]
+            self._gain.see(expected=self.policy.expected.get(nodes, 1.0), emitted=emitted)
         deltas = self._emit(0, step, nodes)
-        self._record("decode", seconds, live, nodes, sum(len(delta.token_ids) for delta in deltas))
+        self._record("decode", seconds, live, nodes, sum([len(delta.token_ids) for delta in deltas]))
         return deltas
+
+    def _gather(self, sequences: list[Sequence]) -> _Batch:
+        """For typical acceptance, whose answers depend on its tree, the tree is always the whole of what it may use."""
+        live, whole = len(sequences), self.tree.num_nodes
+        num_rows = min(next((size for size in BATCH_BUCKETS if size >= live), live), self.max_batch_size)
+        params = [sequence.params for sequence in sequences]
+        most = [min(p.tree_nodes or whole, whole) for p in params]
+        return _Batch(
+            num_rows=num_rows,
+            rows=self._sampling_rows(sequences, num_idle=num_rows - live),
+            least=max(n if p.scheme == "typical" else 1 for n, p in zip(most, params, strict=True)),
+            most=max(most),
+            unlimited=tuple(slot for slot, p in enumerate(params) if p.tree_nodes is None),
+        )
 
     def _sampling_rows(self, sequences: list[Sequence], num_idle: int = 0) -> SamplingRows:
         return SamplingRows.of(
@@ -252,12 +281,10 @@ class Engine:
             guides=[s.guide for s in sequences],
         )
 
-    def _choose_nodes(self, num_rows: int, params: list[SamplingParams]) -> int:
-        """Nodes of the coming step: what the policy offers, no more than anyone may use; for typical acceptance, whose
-        answers depend on its tree, always the whole of it."""
-        whole = self.tree.num_nodes
-        offered = whole if self.policy is None else self.policy.choose(num_rows, self._gain.value)
-        wanted = max(min(whole if p.scheme == "typical" else offered, p.tree_nodes or whole, whole) for p in params)
+    def _choose_nodes(self, batch: _Batch) -> int:
+        """Nodes of the coming step: what the policy offers, within what those running may and must use."""
+        offered = batch.most if self.policy is None else self.policy.choose(batch.num_rows, self._gain.value)
+        wanted = max(batch.least, min(offered, batch.most))
         return next(size for size in self._sizes if size >= wanted)
 
     def _record(self, phase: Phase, seconds: float, rows: int, nodes: int, tokens: int) -> None:
@@ -271,10 +298,10 @@ class Engine:
             sequence.take(tokens, logprobs, nodes, self._eos)
             for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True)
         ]
-        for slot in range(len(running) - 1, first - 1, -1):
-            if running[slot].finish_reason:
-                self._keep_prefix(slot, running[slot])
-                self._remove(slot)
+        ended = [slot for slot, delta in enumerate(deltas, start=first) if delta.completion is not None]
+        for slot in reversed(ended):
+            self._keep_prefix(slot, running[slot])
+            self._remove(slot)
         return deltas
 
     def _remove(self, slot: int) -> None:
@@ -289,4 +316,4 @@ class Engine:
             self.decoder.move(last + 1, last)
             last += 1
         self.decoder.free(last)
-        self._rows = None
+        self._batch = None

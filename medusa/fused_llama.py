@@ -3,7 +3,8 @@
     B sequences, N new positions, D hidden, H query heads, G query heads per key/value head, E head size
 
 Query, key and value are one product, gate and up another; weights are packed for this device; nothing is looked up by
-name in the loop. On a CPU with a C compiler all layers are one call (medusa/native).
+name in the loop. What lies between the products is `llama_torch`'s or, on a GPU, `llama_triton`'s; on a CPU with a C
+compiler all layers are one call (medusa/native).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa.attention import MAX_TRITON_NODES, Attend, TreeKernel, step_mask, triton_attend
+from medusa import llama_torch
+from medusa.attention import MAX_TRITON_NODES, Attend, TreeKernel, masked_attend, step_mask, triton_attend
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
 from medusa.linear import NATIVE, Kernel, Linear, kernel_for
@@ -53,7 +55,7 @@ class FusedLlama:
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False, tree_kernel: TreeKernel = "sdpa") -> None:
         """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them.
-        `tree_kernel` attends to prefix and tree where the CPU's own kernels do not."""
+        `tree_kernel` does what lies between the products where the CPU's own kernels do not."""
         config: Any = model.config
         core: Any = model.get_decoder()
         self.int8 = int8
@@ -134,25 +136,32 @@ class FusedLlama:
 
     def __call__(self, ids: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""
-        batch, num_new = ids.shape
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         if self.native is not None:
             return self.native(hidden, positions, where, cache)
-        attend = self._attend(where, num_new)
-        cos, sin = (table.unsqueeze(1) for table in self.rotary(hidden, positions))
-        heads = (self.num_kv_heads * self.groups, self.num_kv_heads)
-        shape = (batch, num_new, -1, self.head_dim)
-        for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._rms(hidden, layer.norm_attention)).view(shape).transpose(1, 2)
-            query, key = _rotate(qkv[:, : sum(heads)], cos, sin).split(heads, dim=1)
-            keys, values = cache.update(key, qkv[:, sum(heads) :], index)
-            folded = query.reshape(batch, self.num_kv_heads, self.groups * num_new, self.head_dim)
-            seen = attend(folded, keys, values)
-            seen = seen.reshape(batch, -1, num_new, self.head_dim).transpose(1, 2).reshape(batch, num_new, -1)
-            hidden = hidden + layer.out(seen)
-            gate, up = layer.gate_up(self._rms(hidden, layer.norm_mlp)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
-        return self._rms(hidden, self.norm)
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            return self._layer_by_layer(hidden, positions, where, cache)
+
+    def _layer_by_layer(self, hidden: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
+        cos, sin = self.rotary(hidden, positions)
+        attend, small = self._attend(where, hidden.shape[1]), self._small
+        normed = small.norm(hidden, self.layers[0].norm_attention, self.eps)
+        norms_after = [layer.norm_attention for layer in self.layers[1:]] + [self.norm]
+        for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
+            seen = attend(*small.rotate_into(cache, index, layer.qkv(normed), cos, sin, groups=self.groups))
+            hidden, normed = small.add_norm(hidden, layer.out(seen.flatten(2)), layer.norm_mlp, self.eps)
+            moved = layer.down(small.gated(layer.gate_up(normed)))
+            hidden, normed = small.add_norm(hidden, moved, norm_after, self.eps)
+        return normed
+
+    @property
+    def _small(self) -> Any:
+        """What lies between the products, by the kernels chosen."""
+        if self.tree_kernel == "triton":
+            from medusa import llama_triton  # Triton is where CUDA builds of torch are
+
+            return llama_triton
+        return llama_torch
 
     def _attend(self, where: Placement, num_new: int) -> Attend:
         """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
@@ -164,11 +173,8 @@ class FusedLlama:
             visible=where.visible,
             length=where.length,
             dtype=self.dtype,
-        ).repeat(1, 1, self.groups, 1)
-        return lambda query, keys, values: F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-
-    def _rms(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.eps)
+        )
+        return masked_attend(mask, self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +187,3 @@ class _Layer:
     norm_mlp: Tensor
     gate_up: Linear
     down: Linear
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [B,H,N,E]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, turned, sin)

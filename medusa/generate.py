@@ -234,7 +234,7 @@ def load(
     device: str | torch.device | None = None,
     force: bool = False,
     fused: bool = True,
-    tree_kernel: TreeKernel = "sdpa",
+    tree_kernel: TreeKernel | None = None,
 ) -> Model:
     """A model ready to generate.
 

@@ -129,6 +129,7 @@ class MedusaHeads(nn.Module):
             raise ValueError("a vocabulary of frequent tokens goes with shared lm_heads; own lm_heads score all tokens")
         self.vocabulary: Tensor | None
         self.register_buffer("vocabulary", None if vocabulary is None else vocabulary.to(device), persistent=False)
+        self._stacked: list[tuple[Tensor, Tensor]] = []  # of each depth, all heads' weights [K,D,D] and biases [K,1,D]
         self.config = config
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
@@ -154,6 +155,23 @@ class MedusaHeads(nn.Module):
             for block in head.blocks:  # type: ignore[union-attr]
                 block.packed = prepare(block.weight)  # type: ignore[operator,union-attr]
 
+    def stack(self) -> None:
+        """Lay the blocks of one depth side by side, for decoding: one product for all heads where launches are what costs.
+
+        Nothing is kept twice, the heads' parameters become views. Hydra heads read different paths and stay as they are.
+        """
+        if self.config.kind != "medusa":
+            return
+        stacked = []
+        for blocks in zip(*(head.blocks for head in self.heads), strict=True):  # type: ignore[arg-type]
+            weight, bias = (
+                torch.stack([getattr(block, name).detach() for block in blocks]) for name in ("weight", "bias")
+            )
+            for block, own_weight, own_bias in zip(blocks, weight, bias, strict=True):
+                block.weight.data, block.bias.data = own_weight, own_bias
+            stacked.append((weight, bias[:, None]))
+        self._stacked = stacked
+
     def path_embeddings(self, path: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
         """path [...,J] token ids, the root first → what the heads read of them [...,J,D]; None for heads that read none.
 
@@ -170,6 +188,13 @@ class MedusaHeads(nn.Module):
 
         `path` [...,K,D] are the `path_embeddings` of the path that the heads go on from, each from as much as it reads.
         """
+        if self._stacked and not self.training:
+            flat = hidden.reshape(1, -1, self.hidden_size)
+            for weight, bias in self._stacked:
+                weight, bias = weight[:num_heads], bias[:num_heads]
+                flat = flat.expand(len(weight), -1, -1)
+                flat = flat + F.silu(torch.baddbmm(bias, flat, weight.mT))
+            return flat.transpose(0, 1).reshape(*hidden.shape[:-1], -1, self.hidden_size)
         return torch.stack([head(hidden, path) for head in self.heads[:num_heads]], dim=-2)
 
     def logits(

@@ -42,7 +42,8 @@ class KVCache:
         self._heads = torch.arange(num_kv_heads, device=device) * capacity
         self._rows = slice(0, 0)
         self._length = 0
-        self._targets = torch.zeros(0, dtype=torch.long, device=device)
+        self.offsets = torch.zeros(0, dtype=torch.long, device=device)
+        self._targets = self.offsets
         self._used = [0] * num_slots
 
     def begin(self, *, first_slot: int, offsets: Tensor, num_new: int, length: int) -> None:
@@ -52,6 +53,7 @@ class KVCache:
         """
         batch = offsets.shape[0]
         assert first_slot + batch <= self.num_slots and length <= self.capacity, "the engine admits what fits"
+        self.offsets = offsets
         new = torch.arange(num_new, device=offsets.device)
         self._targets = (self._base(first_slot, offsets)[..., None] + new).flatten()
         self._rows = slice(first_slot, first_slot + batch)
@@ -61,12 +63,18 @@ class KVCache:
     def mark_used(self, first_slot: int, num_rows: int, length: int) -> None:
         """Positions below `length` of these slots may have been written: by a forward that was replayed, not begun."""
         for slot in range(first_slot, first_slot + num_rows):
-            self._used[slot] = max(self._used[slot], length)
+            if self._used[slot] < length:
+                self._used[slot] = length
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Transformers' contract: key, value [B,H,N,E] in, all that attention may see [B,H,length,E] out (views)."""
         for plane, new in ((2 * layer, key), (2 * layer + 1, value)):
             self._flat[plane].index_copy_(0, self._targets, new.reshape(-1, new.shape[-1]))
+        return self.seen(layer)
+
+    def seen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,H,length,E] that the forward's attention may see in this layer: views into the cache, so who
+        writes new ones there behind `offsets` needs no `update`."""
         seen = self.store[2 * layer : 2 * layer + 2, self._rows, :, : self._length]
         return seen[0], seen[1]
 

@@ -86,7 +86,9 @@ class _LinearLoss(torch.autograd.Function):
             loss, grad = objective.measure(rows, logits)
             total += loss
             if any(g is not None for g in grads):
-                grad = grad.mul_(slope).to(features[0].dtype)
+                if isinstance(slope, Tensor) or slope != 1.0:
+                    grad.mul_(slope)
+                grad = grad.to(features[0].dtype)
                 for i, (x, weight) in enumerate(zip(features, weights, strict=True)):
                     by_features, by_weight = grads[i], grads[half + i]
                     if by_features is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from medusa.config import SamplingParams
 from medusa.errors import PromptError
@@ -93,8 +93,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delta:
+class Delta(NamedTuple):
     """What one engine step gave one request: new tokens, their `logprobs` if it asked, and the completion with the last."""
 
     request_id: str

@@ -9,7 +9,7 @@ choice, position, token id), so a draw is the same whatever the tree, the batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,8 @@ NO_LIMIT = 2**31
 GREEDY, TYPICAL, REJECTION = (SCHEMES.index(name) for name in ("greedy", "typical", "rejection"))
 
 
-COLUMNS = (
-    "scheme", "temperature", "top_p", "top_k", "seed", "choice", "epsilon", "delta", "sample_root", "max_nodes"
-)  # fmt: skip
+INTEGERS = "scheme", "top_k", "seed", "choice", "sample_root", "max_nodes"
+REALS = "temperature", "top_p", "epsilon", "delta"
 
 
 class SamplingKind(NamedTuple):
@@ -46,19 +45,25 @@ class SamplingKind(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRows:
-    """The settings of B requests side by side, each field [B]; the flags say what no row needs. `edits` change logits
-    before a token is chosen, in this order."""
+    """The settings of B requests side by side; the flags say what no row needs. `edits` change logits before a token is
+    chosen, in this order.
 
-    scheme: Tensor
-    temperature: Tensor
-    top_p: Tensor
-    top_k: Tensor
-    seed: Tensor
-    choice: Tensor
-    epsilon: Tensor
-    delta: Tensor
-    sample_root: Tensor
-    max_nodes: Tensor
+    `integers` [6,B] and `reals` [4,B] hold the settings, since few transfers take less time than many; the fields that
+    INTEGERS and REALS name are their rows [B].
+    """
+
+    integers: Tensor
+    reals: Tensor
+    scheme: Tensor = field(init=False)
+    top_k: Tensor = field(init=False)
+    seed: Tensor = field(init=False)
+    choice: Tensor = field(init=False)
+    sample_root: Tensor = field(init=False)
+    max_nodes: Tensor = field(init=False)
+    temperature: Tensor = field(init=False)
+    top_p: Tensor = field(init=False)
+    epsilon: Tensor = field(init=False)
+    delta: Tensor = field(init=False)
     any_typical: bool
     any_walk: bool
     any_noise: bool
@@ -66,6 +71,11 @@ class SamplingRows:
     any_limit: bool
     edits: tuple[LogitEdits | GrammarMasks, ...]
     logprobs: LogprobRows
+
+    def __post_init__(self) -> None:
+        for names, table in ((INTEGERS, self.integers), (REALS, self.reals)):
+            for name, column in zip(names, table.unbind(), strict=True):
+                object.__setattr__(self, name, column)
 
     @property
     def kind(self) -> SamplingKind:
@@ -78,14 +88,13 @@ class SamplingRows:
 
     def load(self, other: SamplingRows) -> None:
         """Copy the columns of as many or fewer rows into the first of these; flags stay."""
-        for name in COLUMNS:
-            column = getattr(other, name)
-            getattr(self, name)[: len(column)] = column
+        for mine, theirs in ((self.integers, other.integers), (self.reals, other.reals)):
+            mine[:, : theirs.shape[1]] = theirs
 
     def view(self, num_rows: int, kind: SamplingKind) -> SamplingRows:
         """The first rows, with other flags: their columns are these columns."""
-        columns = {name: getattr(self, name)[:num_rows] for name in COLUMNS}
-        return replace(self, **columns, **kind._asdict())
+        integers, reals = self.integers[:, :num_rows], self.reals[:, :num_rows]
+        return replace(self, integers=integers, reals=reals, **kind._asdict())
 
     @classmethod
     def of(
@@ -97,26 +106,28 @@ class SamplingRows:
     ) -> SamplingRows:
         """`emitted` are the lists in which the requests' tokens are collected, read anew at each step (None: all empty),
         `guides` the state of their grammars (empty: no request has one)."""
-
-        def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
         schemes = [p.scheme for p in params]
         emitted = emitted or [()] * len(params)
         asked = LogitEdits.of(params, emitted, device), GrammarMasks.of(guides, emitted)
         edits = tuple(edit for edit in asked if edit is not None)
-        noisy = [p.scheme == "rejection" or (p.scheme == "typical" and p.root == "sample") for p in params]
+        noisy = [
+            s == "rejection" or (s == "typical" and p.root == "sample") for s, p in zip(schemes, params, strict=True)
+        ]
+        columns: dict[str, list] = dict(
+            scheme=[SCHEMES.index(s) for s in schemes],
+            top_k=[p.top_k for p in params],
+            seed=[p.seed for p in params],
+            choice=[p.choice for p in params],
+            sample_root=noisy,
+            max_nodes=[p.tree_nodes or NO_LIMIT for p in params],
+            temperature=[p.temperature if s != "greedy" else 1.0 for s, p in zip(schemes, params, strict=True)],
+            top_p=[p.top_p for p in params],
+            epsilon=[p.epsilon for p in params],
+            delta=[p.delta for p in params],
+        )
         return cls(
-            scheme=column([SCHEMES.index(s) for s in schemes], torch.long),
-            temperature=column([p.temperature if p.scheme != "greedy" else 1.0 for p in params], torch.float64),
-            top_p=column([p.top_p for p in params], torch.float64),
-            top_k=column([p.top_k for p in params], torch.long),
-            seed=column([p.seed for p in params], torch.long),
-            choice=column([p.choice for p in params], torch.long),
-            epsilon=column([p.epsilon for p in params], torch.float64),
-            delta=column([p.delta for p in params], torch.float64),
-            sample_root=column(noisy, torch.bool),
-            max_nodes=column([p.tree_nodes or NO_LIMIT for p in params], torch.long),
+            integers=torch.tensor([columns[name] for name in INTEGERS], dtype=torch.long, device=device),
+            reals=torch.tensor([columns[name] for name in REALS], dtype=torch.float64, device=device),
             any_typical="typical" in schemes,
             any_walk=any(s != "typical" for s in schemes),
             any_noise=any(noisy),
@@ -180,4 +191,4 @@ def draw(logits: Tensor, rows: SamplingRows, position: Tensor, node: Tensor | No
     if rows.any_filter:
         scaled = filter_logits(scaled, rows.top_k, rows.top_p)
     noise = gumbel_noise(rows.seed, rows.choice, position, logits.shape[-1])
-    return torch.where(rows.sample_root, (scaled + noise).argmax(dim=-1), top)
+    return torch.where(rows.sample_root > 0, (scaled + noise).argmax(dim=-1), top)

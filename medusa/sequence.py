@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from medusa.config import SamplingParams
@@ -63,15 +63,16 @@ class Sequence:
         It ends with the end of sequence, where the caller says stop or fails, at max_tokens, and where its grammar can
         go no further. `logprobs` stands beside `tokens` or is empty.
         """
+        params, on_token = self.params, self.request.on_token
         kept: list[int] = []
         for token in tokens:
             kept.append(token)
             self.token_ids.append(token)
-            if self._caller_stops(token):
+            if on_token is not None and self._stops(on_token, token):
                 self.finish_reason = "error" if self.error else "stop"
-            elif token in eos and not self.params.ignore_eos:
+            elif token in eos and not params.ignore_eos:
                 self.finish_reason = "stop"
-            elif len(self.token_ids) >= self.params.max_tokens:
+            elif len(self.token_ids) >= params.max_tokens:
                 self.finish_reason = "length"
             if self.finish_reason:
                 break
@@ -80,7 +81,7 @@ class Sequence:
         told = logprobs[: len(kept)]
         self.logprobs += told
         self.stats.tokens_per_step.append(len(kept))
-        self.stats.nodes_per_step.append(min(nodes, self.params.tree_nodes or nodes))
+        self.stats.nodes_per_step.append(min(nodes, params.tree_nodes or nodes))
         completion = self._complete(self.finish_reason) if self.finish_reason else None
         return Delta(request_id=self.request_id, token_ids=kept, completion=completion, logprobs=told)
 
@@ -95,12 +96,10 @@ class Sequence:
             logprobs=tuple(self.logprobs),
         )
 
-    def _caller_stops(self, token: int) -> bool:
+    def _stops(self, on_token: Callable[[int], bool], token: int) -> bool:
         """The caller's word on a token. A caller that fails ends its own answer, never the step of the others."""
-        if self.request.on_token is None:
-            return False
         try:
-            return self.request.on_token(token)
+            return on_token(token)
         except Exception as error:
             logger.exception("on_token of request %s failed", self.request_id)
             self.error = f"on_token failed: {type(error).__name__}: {error}"

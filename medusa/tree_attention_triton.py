@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 64  # keys of a block, and most query rows
 FLOAT32_BLOCK = 32  # a block of 64 would not fit into a processor's shared memory
 MAX_PIECES = 64
-PROGRAMS_PER_PROCESSOR = 2
+PROGRAMS_PER_PROCESSOR = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,11 +44,21 @@ def _attend_block(query, k, v, places, is_key, sees, most, total, seen, scale, s
 
 
 @triton.jit
+def _by_node(row, num_heads, num_rows, num_nodes):
+    """Where a row of [B,H,G,N] lies in [B,N,H,G]."""
+    node, head = row % num_nodes, row // num_nodes
+    of_sequence = num_heads * (num_rows // num_nodes)
+    return (head // of_sequence * num_nodes + node) * of_sequence + head % of_sequence
+
+
+@triton.jit
 def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_heads, num_rows, num_nodes, size,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
-            stride_seen_b, stride_seen_n,
-            ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Softmax over one piece of one row's keys: partial [B,H,M,C,E] not yet divided, its largest score and its sum."""
+            stride_seen_b, stride_seen_n, out,
+            ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
+            WHOLE: tl.constexpr):  # fmt: skip
+    """Softmax over one piece of one row's keys: partial [B,H,M,C,E] not yet divided, its largest score and its sum; or,
+    where one piece is the `WHOLE`, the result."""
     sequence = (tl.program_id(0) // num_heads).to(tl.int64)
     head = tl.program_id(0) % num_heads
     piece, num_pieces = tl.program_id(2), tl.num_programs(2)
@@ -87,15 +97,22 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
         sees = sees | (is_key & (other < 0))[None, :]
         most, total, seen = _attend_block(query, k, v, places, is_key, sees, most, total, seen,
                                           scale, stride_k, stride_v, size, HEAD, PRECISION)  # fmt: skip
-    place = (tl.program_id(0).to(tl.int64) * num_rows + row) * num_pieces + piece
-    tl.store(partial + place[:, None] * size + within[None, :], seen,
-             mask=is_row[:, None] & (within < size)[None, :])  # fmt: skip
-    tl.store(most_of + place, most, mask=is_row)
-    tl.store(total_of + place, total, mask=is_row)
+    if WHOLE:
+        target = _by_node(tl.program_id(0).to(tl.int64) * num_rows + row, num_heads, num_rows, num_nodes)
+        joined = seen / total[:, None]
+        tl.store(out + target[:, None] * size + within[None, :], joined.to(out.dtype.element_ty),
+                 mask=is_row[:, None] & (within < size)[None, :])  # fmt: skip
+    else:
+        place = (tl.program_id(0).to(tl.int64) * num_rows + row) * num_pieces + piece
+        tl.store(partial + place[:, None] * size + within[None, :], seen,
+                 mask=is_row[:, None] & (within < size)[None, :])  # fmt: skip
+        tl.store(most_of + place, most, mask=is_row)
+        tl.store(total_of + place, total, mask=is_row)
 
 
 @triton.jit
-def _join(partial, most_of, total_of, out, num_pieces, size, PIECES: tl.constexpr, HEAD: tl.constexpr):
+def _join(partial, most_of, total_of, out, num_heads, num_rows, num_nodes, num_pieces, size,
+          PIECES: tl.constexpr, HEAD: tl.constexpr):  # fmt: skip
     """One query row: its pieces [C,E] weighed by their largest scores, and divided by the sum of all."""
     row = tl.program_id(0).to(tl.int64)
     piece, within = tl.arange(0, PIECES), tl.arange(0, HEAD)
@@ -107,7 +124,8 @@ def _join(partial, most_of, total_of, out, num_pieces, size, PIECES: tl.constexp
     inside = is_piece[:, None] & (within < size)[None, :]
     seen = tl.load(partial + place[:, None] * size + within[None, :], mask=inside, other=0.0)
     joined = tl.sum(weights[:, None] * seen, axis=0) / total
-    tl.store(out + row * size + within, joined.to(out.dtype.element_ty), mask=within < size)
+    target = _by_node(row, num_heads, num_rows, num_nodes)
+    tl.store(out + target * size + within, joined.to(out.dtype.element_ty), mask=within < size)
 
 
 def tree_attention(
@@ -120,7 +138,8 @@ def tree_attention(
     scale: float | None = None,
     num_pieces: int | None = None,
 ) -> Tensor:
-    """query [B,H,M,E], keys and values [B,H,S,E], prefix lengths `offsets` [B] (integers, offsets + N ≤ S) → [B,H,M,E].
+    """query [B,H,M,E], keys and values [B,H,S,E], prefix lengths `offsets` [B] (integers, offsets + N ≤ S) → [B,N,HM/N,E]:
+    each node's query heads side by side, as the product that follows reads them.
 
     `visible` [B,N,N] bool says which nodes, the keys right behind a prefix, see which; query row m is node m mod N. The
     last dimension of keys, values and `visible` lies in one piece. `scale` is 1/√E by default, `num_pieces` fits the GPU.
@@ -140,19 +159,28 @@ def tree_attention(
     row_blocks = triton.cdiv(num_rows, block_rows)
     head = max(16, triton.next_power_of_2(size))
     pieces = num_pieces or _num_pieces(batch * num_heads * row_blocks, triton.cdiv(keys.shape[2], block), query.device)
-    partial = torch.empty(batch, num_heads, num_rows, pieces, size, dtype=torch.float32, device=query.device)
-    most, total = (torch.empty(partial.shape[:-1], dtype=torch.float32, device=query.device) for _ in range(2))
-    out = torch.empty_like(query)
+    whole = pieces == 1
+    partial, most, total = (
+        torch.empty(
+            0 if whole else batch * num_heads * num_rows * pieces * width, dtype=torch.float32, device=query.device
+        )
+        for width in (size, 1, 1)
+    )
+    out = torch.empty(
+        batch, num_nodes, num_heads * (num_rows // num_nodes), size, dtype=query.dtype, device=query.device
+    )
     seen = visible.view(torch.uint8)
     _pieces[(batch * num_heads, row_blocks, pieces)](
         query, keys, values, offsets, seen, partial, most, total, scale or size**-0.5,
         num_heads, num_rows, num_nodes, size, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        *seen.stride()[:2], ROWS=block_rows, KEYS=block, HEAD=head,
-        PRECISION="ieee" if exact else "tf32",
+        *seen.stride()[:2], out, ROWS=block_rows, KEYS=block, HEAD=head,
+        PRECISION="ieee" if exact else "tf32", WHOLE=whole,
     )  # fmt: skip
-    _join[(batch * num_heads * num_rows,)](
-        partial, most, total, out, pieces, size, PIECES=triton.next_power_of_2(pieces), HEAD=head
-    )
+    if not whole:
+        _join[(batch * num_heads * num_rows,)](
+            partial, most, total, out, num_heads, num_rows, num_nodes, pieces, size,
+            PIECES=triton.next_power_of_2(pieces), HEAD=head,
+        )  # fmt: skip
     return out
 
 

@@ -42,6 +42,8 @@ class StepCosts:
 
     def at(self, batch: int, nodes: int) -> float:
         """Seconds of a step: between two measured batches on the line through them, outside those of the nearest."""
+        if batch in self.seconds:
+            return self.seconds[batch].get(nodes, float("inf"))
         known = sorted(self.seconds)
         place = bisect_left(known, batch)
         above = known[min(place, len(known) - 1)]

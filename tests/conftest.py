@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tests.interpreter  # noqa: F401  before anything that may import Triton
 from tests.tiny_models import save_tiny_folder
 
 # A run that a shell began in the background ignores Ctrl-C, and whatever it starts would too: tests send it on purpose.

@@ -1,22 +1,24 @@
-"""The backbone answers prompts, and writes some itself, in large batches through transformers' `generate`.
+"""The backbone answers prompts, and writes some itself, as fast as one decoder can: into Parquet.
 
-    B prompts of a batch
-Knows tokens and files; knows no heads. Left padding is masked; in bfloat16 a near-tie may fall otherwise than decoded
-alone, so an answer is what the backbone says within its own rounding.
+Knows words and files; knows no heads. In bfloat16 a near-tie may fall otherwise than decoded alone, so an answer is what
+the backbone says within its own rounding.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import count, islice, repeat
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.gpu.pool import Tell, complete
+from medusa.config import SamplingParams
+from medusa.decoder import Decoder
 
 SCHEMA = pa.schema(
     [
@@ -26,35 +28,13 @@ SCHEMA = pa.schema(
         ("response_ids", pa.list_(pa.int32())),
     ]
 )
+EncodedPrompt = tuple[str, str, list[int]]  # id, source, tokens
 SELF_PROMPTED = "self-prompted"
 _MARK = "\u2402user\u2403"  # stands where the user's turn will be; no template knows it
+OWN_TEMPERATURE = 0.9
+ROWS_A_FILE = 4096
 _MIN_CHARACTERS = 12
 _WORDS_THAT_TELL = 8  # turns that begin with the same words count as one
-
-
-@torch.inference_mode()
-def complete(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int, sample: bool = False
-) -> list[list[int]]:
-    """Continue each prompt, greedily or (`sample`) at temperature 1 within top-p 0.95; end of sequence included."""
-    longest = max(map(len, prompts))
-    ends = model.generation_config.eos_token_id
-    end_ids = set(ends if isinstance(ends, list) else [ends])
-    pad = next(iter(end_ids))
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
-    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    how: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0} if sample else {}
-    made = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=seen, max_new_tokens=max_tokens, pad_token_id=pad, **({"do_sample": False} | how)
-    )
-    return [_until_end(row, end_ids) for row in made[:, longest:].tolist()]
-
-
-def _until_end(tokens: list[int], end_ids: set[int]) -> list[int]:
-    for place, token in enumerate(tokens, start=1):
-        if token in end_ids:
-            return tokens[:place]
-    return tokens
 
 
 def open_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -65,27 +45,29 @@ def open_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def own_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch: int, max_tokens: int, until: float
+    decoder: Decoder, *, max_tokens: int, until: float, seed: int = 0, tell: Tell | None = None
 ) -> Iterator[tuple[str, str]]:
     """(id, words) of user turns that the backbone writes itself until `until` (monotonic seconds), no two beginning alike.
 
     After Magpie (arXiv 2406.08464). Turns that do not end, or say next to nothing, are dropped.
     """
-    start = open_turn(tokenizer)
-    end_ids = {tokenizer.eos_token_id}
+    backbone = decoder.backbone
+    params = SamplingParams(max_tokens=max_tokens, temperature=OWN_TEMPERATURE, acceptance="rejection", seed=seed)
     known: set[tuple[str, ...]] = set()
-    while time.monotonic() < until:
-        for tokens in complete(model, [start] * batch, max_tokens=max_tokens, sample=True):
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-            beginning = tuple(text.lower().split()[:_WORDS_THAT_TELL])
-            if tokens[-1] in end_ids and len(text) >= _MIN_CHARACTERS and beginning not in known:
-                known.add(beginning)
-                yield f"self-{len(known)}", text
+    for turn in complete(decoder, repeat(open_turn(backbone.tokenizer)), params, until=until, tell=tell):
+        if turn.token_ids[-1] not in backbone.eos_token_ids:
+            continue
+        text = str(backbone.tokenizer.decode(turn.token_ids, skip_special_tokens=True)).strip()
+        beginning = tuple(text.lower().split()[:_WORDS_THAT_TELL])
+        if len(text) >= _MIN_CHARACTERS and beginning not in known:
+            known.add(beginning)
+            yield f"self-{len(known)}", text
 
 
 def asked_prompts(file: Path) -> list[tuple[str, str, str]]:
     """(id, source, first user turn) of a JSONL file of `messages`, as in the data's README."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with file.open(encoding="utf-8") as lines:  # not splitlines: it also breaks at separators inside a text
+        rows = [json.loads(line) for line in lines if line.strip()]
     return [
         (
             str(row["id"]),
@@ -97,43 +79,60 @@ def asked_prompts(file: Path) -> list[tuple[str, str, str]]:
 
 
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     asked: Iterable[tuple[str, str, str]],
     folder: Path,
     *,
-    batch: int,
     max_prompt: int,
     max_tokens: int,
     until: float,
+    rows_a_file: int = ROWS_A_FILE,
+    tell: Tell | None = None,
 ) -> int:
-    """Answer (id, source, words) batch by batch until `until`, a Parquet file a batch; how many tokens were answered.
+    """Answer (id, source, words) greedily until `until`, a Parquet file for each `rows_a_file`; how many tokens that were.
 
-    Batches hold prompts of like length, so that little is padding. Prompts above `max_prompt` tokens are left out.
+    Prompts of like length run together, so that little is padding. Prompts above `max_prompt` tokens are left out, and so
+    is what is unfinished at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = [(name, source, _encode(tokenizer, words)) for name, source, words in asked]
-    fitting = sorted((row for row in encoded if len(row[2]) <= max_prompt), key=lambda row: len(row[2]))
-    batches = [fitting[start : start + batch] for start in range(0, len(fitting), batch)]
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()  # any start is wide
+    rows = _waves(_encoded(decoder.backbone.tokenizer, list(asked), max_prompt), decoder.num_slots)
+    params = SamplingParams(max_tokens=max_tokens)
+    answers = complete(decoder, (ids for _, _, ids in rows), params, until=until, tell=tell)
     total = 0
-    for number in order:
-        if time.monotonic() >= until:
-            break
-        rows = batches[number]
-        answers = complete(model, [ids for _, _, ids in rows], max_tokens=max_tokens)
+    for number in count():
         records = [
-            {"id": name, "source": source, "prompt_ids": ids, "response_ids": said}
-            for (name, source, ids), said in zip(rows, answers, strict=True)
+            {
+                "id": rows[a.number][0],
+                "source": rows[a.number][1],
+                "prompt_ids": a.prompt_ids,
+                "response_ids": a.token_ids,
+            }
+            for a in islice(answers, rows_a_file)
         ]
-        total += sum(map(len, answers))
-        pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), folder / f"{rows[0][1]}-{number}.parquet")
+        if not records:
+            break
+        total += sum(len(record["response_ids"]) for record in records)
+        pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), folder / f"answers-{number:04}.parquet")
     return total
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
-    )
-    assert isinstance(chat, str)
-    return list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, asked: list[tuple[str, str, str]], max_prompt: int
+) -> list[EncodedPrompt]:
+    """All prompts at once, since the tokenizer then uses every core; those that are too long are left out."""
+    if not asked:
+        return []
+    turns = [[{"role": "user", "content": words}] for _, _, words in asked]
+    chats = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(chats, add_special_tokens=False)["input_ids"]
+    return [
+        (name, source, ids) for (name, source, _), ids in zip(asked, encoded, strict=True) if len(ids) <= max_prompt
+    ]
+
+
+def _waves(prompts: list[EncodedPrompt], size: int) -> list[EncodedPrompt]:
+    """Runs of `size` prompts of like length, the runs in a fixed random order: any beginning is a fair sample."""
+    prompts = sorted(prompts, key=lambda prompt: len(prompt[2]))
+    starts = range(0, len(prompts), size)
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [prompt for run in order for prompt in prompts[starts[run] : starts[run] + size]]

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from benchmarks.gpu.low_rank import LowRank, switched_off
 from medusa.backbone import Backbone
 from medusa.heads import MedusaHeads
-from medusa.linear_loss import Objective, TeacherTarget, linear_loss
+from medusa.linear_loss import CHUNK_SIZE, Objective, TeacherTarget, Terms, linear_loss
 from medusa.losses import IGNORE, HeadsLoss, Reader, SoftLabels, head_targets, heads_loss, next_tokens, true_path
 
 Row = tuple[list[int], list[int]]  # ids of prompt and answer
+CHUNKS = {
+    "cpu": CHUNK_SIZE,
+    "cuda": 4096,
+}  # positions whose logits exist at once: a GPU has the memory, and no time to wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +101,15 @@ def readers(heads: MedusaHeads, backbone: Backbone) -> list[Reader]:
 
         def read(features: Tensor, objective: Objective) -> Tensor:
             terms = [(features.to(shared.dtype), weight.to(shared.dtype))]
-            return linear_loss(terms, objective, transform=backbone.transform)
+            return _loss(terms, objective, backbone)
 
         return read
 
     return [reader(head.lm_head) for head in heads.heads]  # type: ignore[arg-type]
+
+
+def _loss(terms: Terms, objective: Objective, backbone: Backbone) -> Tensor:
+    return linear_loss(terms, objective, transform=backbone.transform, chunk_size=CHUNKS[backbone.device.type])
 
 
 @torch.no_grad()
@@ -175,7 +183,7 @@ def medusa2(
     weight = backbone.lm_head_weight.detach()
     hidden = backbone.hidden_states(batch.ids)[kept]
     objective = TeacherTarget(hidden=original.to(weight.dtype), weight=weight, transform=backbone.transform)
-    kl = linear_loss([(hidden.to(weight.dtype), weight)], objective, transform=backbone.transform) / denominator
+    kl = _loss([(hidden.to(weight.dtype), weight)], objective, backbone) / denominator
     found = heads_part(heads, backbone, batch, hidden, denominator)
     return kl + settings.lambda0 * found.loss, kl.detach(), found
 

@@ -22,6 +22,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
     ),
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192,
+    ),
     "tiny": dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=300, max_position_embeddings=512,
@@ -50,6 +54,7 @@ def random_heads(backbone: Backbone, lm_heads: Literal["shared", "own"]) -> Medu
         dtype=backbone.dtype,
         device=backbone.device,
     )
+    heads.stack()
     return heads.requires_grad_(False).eval()
 
 

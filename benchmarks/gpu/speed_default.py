@@ -134,7 +134,7 @@ def main(
     heads: Annotated[str, typer.Option(help="'default', 'hydra' or a heads folder")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "auto",
-    kernel: Annotated[str, typer.Option(help="attention: sdpa or triton")] = "sdpa",
+    kernel: Annotated[str | None, typer.Option(help="sdpa or triton; the model's own choice without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 16, 64 without")] = None,
     nodes: Annotated[int | None, typer.Option(min=2, help="of the tree; the checkpoint's own without")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
@@ -159,7 +159,8 @@ def main(
         grid(size, figures[size]).show(console)
     kind = dtype_name(model)
     settings = describe(backbone, kind, rows, prompts) | {
-        "max_tokens": max_tokens, "repeats": repeats, "attention": kernel,
+        "max_tokens": max_tokens, "repeats": repeats,
+        "kernels": model.backbone.fused.tree_kernel if model.backbone.fused else "generic",
         "graphs": graphs and model.backbone.device.type == "cuda",
     }  # fmt: skip
     page = save(

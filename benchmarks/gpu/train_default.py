@@ -20,18 +20,18 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.command import console, run_app
 from benchmarks.gpu.answers import SELF_PROMPTED, answer, asked_prompts, own_prompts
 from benchmarks.gpu.learn import Log, Row, Settings, train
 from benchmarks.gpu.low_rank import adapt, exported
+from benchmarks.gpu.pool import plain_decoder
 from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 from medusa.pretrained import heads_folder
-from medusa.provision import DEFAULT_BACKBONE, default_backbone
+from medusa.provision import DEFAULT_BACKBONE
 from medusa.replay import guessed_ranks
 from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
 
@@ -48,27 +48,27 @@ def answer_command(
     prompts: Annotated[list[Path] | None, typer.Option(help="JSONL of messages; repeat it")] = None,
     backbone: Annotated[str, typer.Option(help="built-in name or model folder")] = DEFAULT_BACKBONE,
     own: Annotated[int, typer.Option(help="prompts that the backbone writes itself")] = 60000,
-    batch: Annotated[int, typer.Option()] = 1024,
+    own_tokens: Annotated[int, typer.Option(help="of such a prompt; longer ones are dropped")] = 64,
+    own_share: Annotated[float, typer.Option(min=0, max=1, help="of the time, to write them")] = 1 / 3,
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1024,
     max_prompt: Annotated[int, typer.Option(help="tokens; longer prompts are left out")] = 256,
-    max_tokens: Annotated[int, typer.Option()] = 256,
+    max_tokens: Annotated[int, typer.Option(help="of an answer")] = 256,
     minutes: Annotated[float, typer.Option()] = 8.0,
     device: Annotated[str, typer.Option()] = "cuda",
 ) -> None:
-    """Answer what is given, then what the backbone writes: a third of the time to write, the rest to answer."""
+    """The backbone first writes prompts, for a share of the time, and then answers what is given and what it wrote."""
     began = time.monotonic()
-    folder = default_backbone() if backbone == DEFAULT_BACKBONE else Path(backbone)
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map={"": device})
-    model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = load_backbone(backbone, dtype="bfloat16" if device == "cuda" else "float32", device=device)
+    decoder = plain_decoder(base, batch=batch, max_prompt=max_prompt, max_tokens=max(max_tokens, own_tokens))
     asked = [row for file in prompts or [] for row in asked_prompts(file)]
-    written = own_prompts(model, tokenizer, batch=batch, max_tokens=128, until=began + 20 * minutes)
-    asked += [(name, SELF_PROMPTED, words) for name, words in islice(written, own)]
+    if own:
+        end = began + 60 * minutes * own_share
+        written = own_prompts(decoder, max_tokens=own_tokens, until=end, tell=told_briefly)
+        asked += [(name, SELF_PROMPTED, words) for name, words in islice(written, own)]
     console.print(f"{len(asked)} prompts after {time.monotonic() - began:.0f} s")
     tokens = answer(
-        model, tokenizer, asked, out, batch=batch, max_prompt=max_prompt, max_tokens=max_tokens,
-        until=began + 60 * minutes,
-    )  # fmt: skip
+        decoder, asked, out, max_prompt=max_prompt, max_tokens=max_tokens, until=began + 60 * minutes, tell=told_briefly
+    )
     console.print(f"{tokens} answer tokens in {out} after {time.monotonic() - began:.0f} s")
 
 

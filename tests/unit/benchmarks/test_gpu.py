@@ -1,24 +1,34 @@
-"""Training on one device without Ray, on tiny models: the losses are the textbook ones, and what is saved is what was trained."""
+"""Answers and training on one device without Ray, on tiny models: answers are the engine's, losses the textbook ones, and
+what is saved is what was trained."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import medusa
-from benchmarks.gpu import learn, train_default
-from benchmarks.gpu.answers import answer, complete, open_turn, own_prompts
+from benchmarks.gpu import learn, pool, train_default
+from benchmarks.gpu.answers import answer, open_turn, own_prompts
 from benchmarks.gpu.learn import Row, Settings, batches, collate, medusa1, medusa2, soft_labels, train
 from benchmarks.gpu.low_rank import adapt, exported
+from benchmarks.gpu.pool import complete, plain_decoder
+from medusa.backbone import load_backbone
 from medusa.checkpoint import load_checkpoint
+from medusa.config import SamplingParams
+from medusa.decoder import Decoder
 from medusa.losses import IGNORE, head_targets, medusa1_loss
+from medusa.step_graphs import Capture
 from tests.tiny_models import make_tiny_backbone_model
+from tests.unit.medusa.recording import record
 from tests.unit.medusa.tiny import random_heads, tiny_backbone
 
 ROWS: list[Row] = [([n % 11 + 1] * (1 + n % 3), [(n * 7 + i * 3) % 12 for i in range(2 + 3 * n)]) for n in range(5)]
@@ -120,33 +130,92 @@ def test_training_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < log.steps <= 12
 
 
-def test_answers_of_a_padded_batch_are_those_of_the_engine(tiny_folder: Path, tmp_path: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+WORDS = ["Hello", "And then there was more to say", "x", "Why is that?", "One two three four five six seven", "No"]
+
+
+def _decoder(folder: Path, **settings: Any) -> Decoder:
+    return plain_decoder(load_backbone(folder, dtype="float32"), **({"batch": 4, "max_prompt": 100} | settings))
+
+
+@pytest.mark.parametrize("graphs", [False, record])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "acceptance": "rejection", "seed": 3}])
+def test_a_pool_says_what_the_engine_says(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool | Capture, sampling: dict[str, Any]
+) -> None:
+    """Through refills, moves and smaller batches, for answers of many lengths."""
     reference = medusa.load(tiny_folder, heads=None, dtype="float32")
-    asked = [(str(n), "s", words) for n, words in enumerate(["Hello", "And then there was more to say", "x"])]
-    prompts = [reference.encode(words) for _, _, words in asked]
-    expected = [reference.generate(ids, max_tokens=10).token_ids for ids in prompts]
-    assert complete(model, prompts, max_tokens=10) == expected
-    far = learn.time.monotonic() + 1000
-    assert answer(model, tokenizer, asked, tmp_path, batch=2, max_prompt=100, max_tokens=10, until=far) == sum(
-        map(len, expected)
+    decoder = _decoder(tiny_folder, batch=6, max_tokens=20, graphs=graphs)
+    for model in (reference.backbone, decoder.backbone):
+        model.model.generation_config.eos_token_id = list(range(0, 300, 9))  # else a tiny model hardly ever ends
+    prompts = [reference.encode(f"{words} {n}") for n in range(4) for words in WORDS]
+    expected = [reference.generate(p, max_tokens=20, choice=n, **sampling).token_ids for n, p in enumerate(prompts)]
+    assert len(set(map(len, expected))) > 3
+    sizes, step, moves, move = Counter[int](), decoder.step, Counter[int](), decoder.move
+    monkeypatch.setattr(pool, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(decoder, "step", lambda rows, *a, **k: (sizes.update([rows]), step(rows, *a, **k))[1])
+    monkeypatch.setattr(decoder, "move", lambda *slots: (moves.update(slots), move(*slots))[1])
+    found = list(complete(decoder, prompts, SamplingParams(max_tokens=20, **sampling)))
+    assert {said.number: said.token_ids for said in found} == dict(enumerate(expected))
+    assert all(said.prompt_ids == prompts[said.number] for said in found)
+    assert set(sizes) == {2, 4, 6} and moves
+
+
+def test_a_prompt_that_cannot_fit_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="a prompt of 31 tokens is too long: 30 fit"):
+        next(complete(_decoder(tiny_folder, max_prompt=30, max_tokens=8), [[1] * 31], SamplingParams(max_tokens=8)))
+
+
+def test_progress_is_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "TELL_EVERY_S", 0.0)
+    entries: list[dict[str, float]] = []
+    found = list(
+        complete(_decoder(tiny_folder, max_tokens=5), [[1]] * 6, SamplingParams(max_tokens=5), tell=entries.append)
     )
-    learnt, held = train_default.read_rows(tmp_path)
-    pairs = zip(prompts, expected, strict=True)
-    assert sorted([*learnt, *(row for row in held if row not in learnt)]) == sorted(
-        (i, a) for i, a in pairs if len(a) > 1
-    )
+    assert entries[-1]["tokens"] == sum(len(said.token_ids) for said in found)
+    assert (entries[0]["finished"], entries[-1]["finished"]) == (0, 6)
+
+
+def test_answers_are_written_and_none_in_part(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = medusa.load(tiny_folder, heads=None, dtype="float32")
+    asked = [(f"{n}", "s", words) for n, words in enumerate([*WORDS, "long " * 100])]
+    prompts = {name: reference.encode(words) for name, _, words in asked[:-1]}
+    whole = {name: reference.generate(ids, max_tokens=10).token_ids for name, ids in prompts.items()}
+    decoder = _decoder(tiny_folder, batch=2, max_tokens=10)
+    limits = {"max_prompt": 100, "max_tokens": 10, "rows_a_file": 4}
+
+    def written(folder: Path, until: float) -> dict[str, tuple[list[int], list[int]]]:
+        total = answer(decoder, asked, folder, until=until, **limits)  # type: ignore[arg-type]
+        rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+        assert total == sum(len(row["response_ids"]) for row in rows)
+        return {row["id"]: (row["prompt_ids"], row["response_ids"]) for row in rows}
+
+    everything = {name: (prompts[name], whole[name]) for name in whole}
+    assert written(tmp_path / "all", math.inf) == everything
+    assert len(list((tmp_path / "all").glob("*.parquet"))) == 2
+    now = count()
+    monkeypatch.setattr(pool.time, "monotonic", lambda: float(next(now)))
+    some = written(tmp_path / "some", 16.0)
+    assert 0 < len(some) < len(everything)
+    assert some.items() <= everything.items()
 
 
 def test_own_prompts_continue_the_open_user_turn_and_are_apart(tiny_folder: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
-    assert tokenizer.decode(open_turn(tokenizer)) == "<|im_start|>user\n"
-    model.generation_config.eos_token_id = list(range(0, 300, 2))  # a tiny model hardly ever ends a turn by itself
-    tokenizer.eos_token = tokenizer.decode([4])
-    until = learn.time.monotonic() + 0.5
-    found = list(own_prompts(model, tokenizer, batch=16, max_tokens=24, until=until))
-    assert len({name for name, _ in found}) == len({text for _, text in found}) == len(found)
-    assert all(len(text) >= 12 for _, text in found)
+    decoder = _decoder(tiny_folder, batch=16, max_tokens=24)
+    backbone = decoder.backbone
+    assert backbone.tokenizer.decode(open_turn(backbone.tokenizer)) == "<|im_start|>user\n"
+    backbone.model.generation_config.eos_token_id = list(range(0, 300, 9))  # a tiny model hardly ever ends a turn
+
+    def found(seed: int) -> list[tuple[str, str]]:
+        return list(islice(own_prompts(decoder, max_tokens=24, until=math.inf, seed=seed), 12))
+
+    first = found(0)
+    assert len({name for name, _ in first}) == len({text for _, text in first}) == 12
+    assert all(len(text) >= 12 for _, text in first)
+    assert found(0) == first
+    assert not {text for _, text in first} & {text for _, text in found(1)}
+    assert not list(own_prompts(decoder, max_tokens=24, until=-math.inf))
 
 
 def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_path: Path) -> None:
@@ -162,7 +231,9 @@ def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_pa
         "--prompts",
         str(prompts),
         "--own",
-        "0",
+        "2",
+        "--own-share",
+        "0.01",
         "--batch",
         "4",
         "--max-tokens",

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import medusa
 from benchmarks.gpu import speed_default, step_cost
 from benchmarks.gpu.shapes import SHAPES, random_backbone, random_heads, read_bytes, typical_tree
+from medusa import attention
 from medusa.attention import parse_tree_kernel
 from medusa.checkpoint import save_checkpoint
 from tests.gpu.test_graphs import engine_answers
@@ -76,12 +77,21 @@ def test_a_tree_is_set_beside_plain_decoding(tiny_folder: Path, tmp_path: Path) 
 
 
 def test_what_cannot_be_had_here_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown shapes 'llama'; choose one of vicuna-7b, tiny"):
+    with pytest.raises(ValueError, match="unknown shapes 'llama'; choose one of vicuna-7b, smollm2-135m, tiny"):
         random_backbone("llama", device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs a CUDA GPU, got device cpu; use 'sdpa'"):
         parse_tree_kernel("triton", CPU)
     with pytest.raises(ValueError, match="unknown tree_kernel 'flash'; choose one of sdpa, triton"):
         parse_tree_kernel("flash", CPU)
+
+
+def test_a_kernel_is_chosen_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
+    gpu = torch.device("cuda")
+    assert parse_tree_kernel(None, gpu) == parse_tree_kernel(None, gpu, torch.bfloat16) == "triton"
+    assert parse_tree_kernel(None, gpu, torch.float64) == parse_tree_kernel(None, CPU) == "sdpa"
+    monkeypatch.setattr(attention, "has_triton", lambda: False)
+    assert parse_tree_kernel(None, gpu) == "sdpa"
 
 
 def test_the_helper_of_the_gpu_tests_works_without_a_gpu() -> None:

@@ -30,10 +30,16 @@ def verified(tree: Tree, batch: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def run(
-    tree: Tree, tokens: torch.Tensor, logits: torch.Tensor, params: list[SamplingParams], position: int
+    tree: Tree,
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    position: int,
+    *,
+    early_exit: bool = False,
 ) -> Acceptance:
-    rows = SamplingRows.of(params, CPU)
-    return accept(tree.on(CPU).rows(len(tokens)), tokens, logits, rows, torch.full((tokens.shape[0],), position))
+    rows, positions = SamplingRows.of(params, CPU), torch.full((tokens.shape[0],), position)
+    return accept(tree.on(CPU).rows(len(tokens)), tokens, logits, rows, positions, early_exit=early_exit)
 
 
 def choose(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
@@ -70,13 +76,13 @@ def typical_reference(tree: Tree, tokens: list[int], logits: torch.Tensor, param
 
 
 @settings(max_examples=120, deadline=None)
-@given(trees(), st.integers(0, 10**6), st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 50))
+@given(trees(), st.integers(0, 10**6), st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 50), st.booleans())
 def test_greedy_and_rejection_walk_as_plain_decoding_chooses(
-    tree: Tree, seed: int, temperature: float, position: int
+    tree: Tree, seed: int, temperature: float, position: int, early_exit: bool
 ) -> None:
     tokens, logits = verified(tree, 3, seed)
     params = [SamplingParams(temperature=temperature, acceptance="rejection", seed=seed, choice=c) for c in range(3)]
-    got = run(tree, tokens, logits, params, position)
+    got = run(tree, tokens, logits, params, position, early_exit=early_exit)
     for row in range(3):
         node, root = walk_reference(tree, tokens[row].tolist(), logits[row], params[row], position)
         assert (got.node[row], got.next_root[row], got.num_accepted[row]) == (node, root, tree.depths[node])
@@ -116,12 +122,13 @@ def test_every_scheme_runs_and_rows_of_a_mixed_batch_equal_rows_alone() -> None:
 
 
 @settings(max_examples=120, deadline=None)
-@given(trees(), st.integers(0, 10**6), st.lists(st.integers(1, 26), min_size=3, max_size=3))
+@given(trees(), st.integers(0, 10**6), st.lists(st.integers(1, 26), min_size=3, max_size=3), st.booleans())
 def test_a_row_limited_to_n_nodes_accepts_what_the_tree_of_its_first_n_nodes_accepts(
-    tree: Tree, seed: int, limits: list[int]
+    tree: Tree, seed: int, limits: list[int], all_greedy: bool
 ) -> None:
     tokens, logits = verified(tree, 3, seed)
-    schemes = [dict(), dict(temperature=0.9, acceptance="rejection"), dict(temperature=0.9)]
+    mixed = [dict(), dict(temperature=0.9, acceptance="rejection"), dict(temperature=0.9)]
+    schemes = [dict()] * 3 if all_greedy else mixed
     params = [SamplingParams(tree_nodes=n, seed=seed, **s) for n, s in zip(limits, schemes, strict=True)]  # type: ignore[arg-type]
     got = run(tree, tokens, logits, params, 4)
     for row, own in enumerate(params):

@@ -40,6 +40,22 @@ def test_stacked_layers_are_modules_of_their_own() -> None:
     torch.testing.assert_close(head(hidden), want)
 
 
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_stacked_for_decoding_heads_give_the_same_features_and_keep_nothing_twice(leading: tuple[int, ...]) -> None:
+    heads = random_heads(tiny_backbone(), num_layers=2, lm_heads="shared")
+    hidden = torch.randn(*leading, 32)
+    want = heads.features(hidden)
+    before = {name: value.clone() for name, value in heads.state_dict().items()}
+    heads.stack()
+    for num_heads in (None, 2):
+        found = heads.features(hidden, num_heads)
+        assert found.shape == want[..., :num_heads, :].shape
+        torch.testing.assert_close(found, want[..., :num_heads, :])
+    assert all(torch.equal(value, before[name]) for name, value in heads.state_dict().items())
+    storages = {weight.untyped_storage().data_ptr() for weight in heads.parameters()}
+    assert len(storages) == 2 * 2, "weights and biases of a layer lie in one piece"
+
+
 def test_the_first_heads_alone_give_the_same_logits() -> None:
     backbone = tiny_backbone()
     for lm_heads in ("shared", "own"):
