@@ -8,8 +8,6 @@ all alike. Other engines than transformers' `generate` are named by the Python o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +22,7 @@ from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.our_engines import INT8, OUR_CHAIN, our_engines
 from benchmarks.peers.engines import VLLM_HEADS, Environments, parse_options, peer_launches, weights_folder
-from benchmarks.peers.process import Launch, Peer
+from benchmarks.peers.process import started
 from benchmarks.prompts import built_in, read_prompts
 from benchmarks.report import Grid, machine_lines, save
 from benchmarks.roofline import read_bandwidth
@@ -34,19 +32,6 @@ from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
 
 QUIET_LOAD = 0.5
-
-
-@contextmanager
-def started(launches: Sequence[Launch], *, folder: Path) -> Iterator[list[Peer]]:
-    """The engines, loaded one after the other and asleep, ended with the block."""
-    with ExitStack() as stack:
-        peers = []
-        for launch in launches:
-            console.print(f"loading {launch.name}", highlight=False)
-            peers.append(Peer(launch, folder=folder))
-            stack.callback(peers[-1].close)
-            peers[-1].wait_ready()
-        yield peers
 
 
 def generators(model: Model, source: str, *, lookup: int) -> list[Contender]:

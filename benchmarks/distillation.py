@@ -1,66 +1,38 @@
-"""`python -m benchmarks.distillation`: generated tokens per second of one engine by batch size, plain and with heads.
+"""`python -m benchmarks.distillation`: generated tokens per second by batch size, plain, with heads, and beside vLLM.
 
 The tree is of one size, or follows the load ("adaptive": by step times measured before its first pass). Every contender
-writes the same number of tokens for the same rows (the end of sequence is ignored), prefill included, as an actor of
-`pipelines.distill` does. Each repeat runs every contender once, and who begins rotates.
+writes the same number of tokens for the same rows (the end of sequence counts, and is passed over), prefill included, as an
+actor of `pipelines.distill` does: no more rows at once than the batch, and the batch kept full while there are rows. One
+batch size follows the other; within one, each repeat runs every contender once, and who begins rotates.
 """
 
 from __future__ import annotations
 
-import gc
-import time
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.progress import track
 
 import medusa
 from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
-from benchmarks.comparison import Spread
+from benchmarks.comparison import Comparison, compare
+from benchmarks.contenders import PLAIN, OurEngine
+from benchmarks.interleaved import run_interleaved
 from benchmarks.machine import describe_machine, num_cores
+from benchmarks.our_engines import ADAPTIVE, our_engines
+from benchmarks.peers.engines import Environments, parse_options, peer_launches, weights_folder
+from benchmarks.peers.process import started
 from benchmarks.prompts import Prompt, read_prompts
-from benchmarks.report import Grid, machine_lines, save
-from medusa.config import SamplingParams
-from medusa.engine import Engine, Request
+from benchmarks.report import machine_lines, save
+from benchmarks.speed_page import agreement_grid, ratio_grid, throughput_grid
+from medusa.engine import Engine
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
-from medusa.tree import Tree
-from medusa.tree_policy import TreePolicy, fit_policy
 from pipelines.prompts import builtin_prompts
-
-WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """So many sequences together, each step a tree of so many nodes; one node is plain decoding, None leaves the number
-    to `policy`, up to the model's own tree."""
-
-    batch: int
-    nodes: int | None
-    policy: TreePolicy | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        return {1: "plain", None: "adaptive"}.get(self.nodes, f"tree of {self.nodes}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """What one pass over the rows gave."""
-
-    num_tokens: int
-    num_steps: int
-    wall_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.wall_s
 
 
 def make_rows(prompts: Sequence[Prompt], num_rows: int) -> list[Prompt]:
@@ -68,60 +40,11 @@ def make_rows(prompts: Sequence[Prompt], num_rows: int) -> list[Prompt]:
     return [prompts[i % len(prompts)] for i in range(num_rows)]
 
 
-def run_once(model: Model, contender: Contender, rows: Sequence[list[int]], *, num_tokens: int) -> Throughput:
-    """Answer every row with `num_tokens` tokens, the batch kept full while there are rows."""
-    plain = contender.nodes == 1
-    engine = Engine(
-        model.backbone, None if plain else model.heads, tree=Tree.root_only() if plain else model.resolve_tree(contender.nodes),
-        max_batch_size=contender.batch, context_length=max(map(len, rows)) + num_tokens, policy=contender.policy,
-    )  # fmt: skip
-    list(engine.run(_requests(rows[: contender.batch], WARM_UP_TOKENS)))
-    engine.step_seconds.clear()
-    began = time.perf_counter()
-    done = list(engine.run(_requests(rows, num_tokens)))
-    wall_s = time.perf_counter() - began
-    assert all(completion.error is None for completion in done), "the context was made to fit"
-    steps = sum(completion.stats.num_steps for completion in done)
-    return Throughput(num_tokens=sum(len(c.token_ids) for c in done), num_steps=steps, wall_s=wall_s)
-
-
-def _requests(rows: Sequence[list[int]], num_tokens: int) -> list[Request]:
-    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    return [Request(prompt_ids=ids, params=params, request_id=str(i)) for i, ids in enumerate(rows)]
-
-
-def adaptive(model: Model, batch: int) -> Contender:
-    """The tree that follows the load, its step times measured now. ValueError for heads of unknown accuracy."""
-    accuracy = model.checkpoint.accuracy if model.checkpoint else None
-    if accuracy is None:
-        raise ValueError("an adaptive tree needs the heads' accuracy; calibrate them, or leave --adaptive out")
-    engine = Engine(model.backbone, model.heads, tree=model.tree, max_batch_size=batch)
-    return Contender(batch=batch, nodes=None, policy=fit_policy(engine.decoder, accuracy))
-
-
-def measure(
-    model: Model, contenders: Sequence[Contender], rows: Sequence[list[int]], *, num_tokens: int, num_repeats: int
-) -> dict[Contender, list[Throughput]]:
-    """Every contender once in each repeat."""
-    measured: dict[Contender, list[Throughput]] = {contender: [] for contender in contenders}
-    passes = [
-        contender for turn in range(num_repeats) for contender in (*contenders[turn:], *contenders[:turn])
-    ]  # who begins rotates
-    for contender in track(passes, description="passes", console=console, transient=True):
-        gc.collect()
-        measured[contender].append(run_once(model, contender, rows, num_tokens=num_tokens))
-    return measured
-
-
-def grid(measured: dict[Contender, list[Throughput]]) -> Grid:
-    lines = []
-    for contender, passes in measured.items():
-        spread = Spread.of([one.tokens_per_s for one in passes])
-        per_step = sum(p.num_tokens for p in passes) / sum(p.num_steps for p in passes)
-        speeds = [f"{value:.1f}" for value in (spread.min, spread.median, spread.max)]
-        lines.append([contender.name, str(contender.batch), *speeds, f"{per_step:.2f}"])
-    columns = ("", "batch", "min", "median", "max", "tokens per row and step")
-    return Grid(title="Generated tokens per second, prefill included", columns=columns, rows=lines)
+def choose_engines(model: Model, trees: Sequence[str], *, batch: int, context_length: int) -> list[OurEngine]:
+    """Plain, and one for each tree; without any, plain alone."""
+    if trees:
+        return our_engines(model, trees, max_batch_size=batch, context_length=context_length)
+    return [OurEngine(Engine(model.backbone, max_batch_size=batch, context_length=context_length), name=PLAIN)]
 
 
 def main(
@@ -132,10 +55,16 @@ def main(
     ] = "default",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
+    threads: Annotated[int, typer.Option(help="threads of every engine; 0: one for each core")] = 0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="rows decoded together; repeat it to compare")] = None,
-    tree: Annotated[list[int] | None, typer.Option(min=1, help="nodes; repeat it to compare; 1 is plain")] = None,
+    tree: Annotated[
+        list[int] | None, typer.Option(min=1, help="nodes, beside plain; repeat it to compare; 1 is plain alone")
+    ] = None,
     follow_load: Annotated[bool, typer.Option("--adaptive", help="also a tree that follows the load")] = False,
+    vllm: Annotated[
+        Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh; it also gets the heads")
+    ] = None,
+    vllm_options: Annotated[str, typer.Option(help="further arguments of vLLM's LLM, a JSON object")] = "{}",
     max_tokens: Annotated[int, typer.Option(min=2, help="new tokens of every row")] = 192,
     rows: Annotated[int, typer.Option(min=1, help="rows of a pass; the prompts over and over")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
@@ -143,32 +72,53 @@ def main(
     save_results: Annotated[bool, typer.Option("--save/--no-save")] = True,
 ) -> None:
     """Measure how many tokens per second self-distillation writes."""
-    torch.set_num_threads(threads or num_cores())
+    torch.set_num_threads(num_threads := threads or num_cores())
     machine = describe_machine("benchmarks.distillation")
+    environments = Environments(vllm=vllm, vllm_options=parse_options(vllm_options))
     asked = read_prompts(prompts) if prompts else _built_in()
     model = medusa.load(backbone, heads=None if heads == "none" else heads, dtype=dtype, device=device)
     encoded = [model.encode(list(row.messages)) for row in make_rows(asked, rows)]
-    sizes = tree or ([1] if model.heads is None else [1, 4, model.tree.num_nodes])
-    batches = list(dict.fromkeys(batch or [8, 16, 32, 64]))
-    contenders = [Contender(batch=b, nodes=n) for n in dict.fromkeys(sizes) for b in batches]
-    if follow_load:
-        contenders += [adaptive(model, b) for b in batches]
-    measured = measure(model, contenders, encoded, num_tokens=max_tokens, num_repeats=repeats)
+    room = max(map(len, encoded)) + max_tokens
+    sizes = tree or ([1] if model.heads is None else [4, model.tree.num_nodes])
+    trees = [str(nodes) for nodes in sizes if nodes > 1] + ([ADAPTIVE] if follow_load else [])
+    comparisons: dict[int, Comparison] = {}
+    versions: dict[str, None] = {}
+    with tempfile.TemporaryDirectory(prefix="medusa-bench-") as work:
+        source = weights_folder(model, backbone, Path(work)) if vllm else backbone
+        for size in dict.fromkeys(batch or [8, 16, 32, 64]):
+            ours = choose_engines(model, trees, batch=size, context_length=room)
+            folder = Path(work) / f"batch-{size}"
+            folder.mkdir()
+            launches = peer_launches(
+                environments,
+                model,
+                source=source,
+                workdir=folder,
+                context_length=room,
+                max_batch_size=size,
+                num_threads=num_threads,
+            )
+            with started(launches, folder=folder) as peers:
+                passes = run_interleaved([*ours, *peers], [encoded], num_tokens=max_tokens, num_repeats=repeats)
+            comparisons[size] = compare(passes, plain=PLAIN, trees=[one.name for one in ours[1:]])
+            versions |= dict.fromkeys(peer.version for peer in peers)
 
-    table = grid(measured)
+    tables = [throughput_grid(comparisons)]
+    for size, comparison in comparisons.items():
+        tables += [grid for grid in (ratio_grid(comparison, size), agreement_grid(comparison, size)) if grid.rows]
     for line in machine_lines(machine):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    table.show(console)
+    for table in tables:
+        table.show(console)
     if save_results:
         kind = dtype_name(model)
         settings = describe(backbone, kind, asked, prompts)
         settings |= {"rows": rows, "max_tokens": max_tokens, "repeats": repeats}
-        figures: dict[str, object] = {
-            f"{c.name}, batch {c.batch}": [one.tokens_per_s for one in passes] for c, passes in measured.items()
-        }
+        settings |= {"beside": ", ".join(versions)} if versions else {}
+        figures: dict[str, object] = {f"batch {size}": one.as_dict() for size, one in comparisons.items()}
         stem = f"distillation-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
         title = f"Distillation throughput, {kind}"
-        page = save(output, stem, title=title, machine=machine, settings=settings, grids=[table], figures=figures)
+        page = save(output, stem, title=title, machine=machine, settings=settings, grids=tables, figures=figures)
         console.print(f"saved {page}")
 
 

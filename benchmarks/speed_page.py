@@ -14,9 +14,9 @@ SPREAD = ("min", "median", "max")
 
 def speed_grids(comparison: Comparison, batch: int) -> list[Grid]:
     """The tables of one batch size."""
-    group = "" if batch == 1 else f", {batch} sequences"
+    group = _group(batch)
     return [
-        Grid(title=f"Ratios{group}", columns=("", *SPREAD), rows=_ratios(comparison)),
+        ratio_grid(comparison, batch),
         Grid(
             title=f"Acceleration rate{group}",
             columns=("", "tokens per step"),
@@ -27,12 +27,33 @@ def speed_grids(comparison: Comparison, batch: int) -> list[Grid]:
             columns=("", *SPREAD),
             rows=[[name, *_cells(spread, digits=1)] for name, spread in comparison.tokens_per_s.items()],
         ),
-        Grid(
-            title=f"Same tokens{group}",
-            columns=("", "identical answers", "first difference"),
-            rows=[[f"{name} and {PLAIN}", *_agreement_cells(a)] for name, a in comparison.agreements.items()],
-        ),
+        agreement_grid(comparison, batch),
     ]
+
+
+def ratio_grid(comparison: Comparison, batch: int) -> Grid:
+    return Grid(title=f"Ratios{_group(batch)}", columns=("", *SPREAD), rows=_ratios(comparison))
+
+
+def agreement_grid(comparison: Comparison, batch: int) -> Grid:
+    return Grid(
+        title=f"Same tokens{_group(batch)}",
+        columns=("", "identical answers", "first difference"),
+        rows=[[f"{name} and {PLAIN}", *_agreement_cells(a)] for name, a in comparison.agreements.items()],
+    )
+
+
+def throughput_grid(comparisons: Mapping[int, Comparison]) -> Grid:
+    """Batch size → who wrote how fast there. Whoever tells no steps drafts nothing: a token a step."""
+    return Grid(
+        title="Generated tokens per second, prefill included",
+        columns=("", "batch", *SPREAD, "tokens per step"),
+        rows=[
+            [name, str(batch), *_cells(spread, digits=1), f"{one.acceleration_rates.get(name, 1):.2f}"]
+            for batch, one in comparisons.items()
+            for name, spread in one.tokens_per_s.items()
+        ],
+    )
 
 
 def roofline_grid(rooflines: Mapping[int, Roofline]) -> Grid:
@@ -57,6 +78,10 @@ def chain_grid(ours: str, theirs: str, agreements: Mapping[int, StepAgreement]) 
         columns=("sequences", "turns with identical answers", ours, theirs),
         rows=[[str(b), str(one.num_turns), str(one.steps), str(one.their_steps)] for b, one in agreements.items()],
     )
+
+
+def _group(batch: int) -> str:
+    return "" if batch == 1 else f", {batch} sequences"
 
 
 def _ratios(comparison: Comparison) -> list[list[str]]:

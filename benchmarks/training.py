@@ -22,13 +22,13 @@ import typer
 
 from benchmarks.command import RESULTS, console, run_command
 from benchmarks.machine import describe_machine, num_cores
+from benchmarks.peak_memory import MIB, peak_bytes
 from benchmarks.report import Grid, save
 from medusa.config import HeadsConfig
 from medusa.heads import MedusaHeads
 from medusa.losses import HEAD_DECAY, medusa1_loss
 
 Shape = dict[str, Any]
-_MIB = 2**20
 
 
 def naive_loss(heads: MedusaHeads, hidden: torch.Tensor, targets: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def measure(shape: Shape, num_positions: int, chunk_size: int | None, repeats: i
         return float(loss.detach())
 
     step(1)  # whatever is made at first use is no part of the peak
-    before = _peak_bytes(device)
+    before = peak_bytes(device)
     value = step(num_positions)
     seconds = []
     for _ in range(repeats):
@@ -74,15 +74,7 @@ def measure(shape: Shape, num_positions: int, chunk_size: int | None, repeats: i
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    answer.put({"seconds": seconds, "peak_mib": (_peak_bytes(device) - before) / _MIB, "loss": value})
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not getrusage, whose maximum a new process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    answer.put({"seconds": seconds, "peak_mib": (peak_bytes(device) - before) / MIB, "loss": value})
 
 
 def in_own_process(*arguments: Any) -> dict[str, Any]:

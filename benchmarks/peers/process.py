@@ -8,11 +8,13 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import console
 from benchmarks.contenders import Turn
 
 LINES = Path(__file__).with_name("lines.py")
@@ -100,3 +102,16 @@ class Peer:
     def _log_end(self) -> str:
         last = self._log.read_text(errors="replace").strip().splitlines()[-5:]
         return f"its log ends: {' | '.join(last) or '(empty)'}"
+
+
+@contextmanager
+def started(launches: Sequence[Launch], *, folder: Path) -> Iterator[list[Peer]]:
+    """The engines, loaded one after the other and asleep, ended with the block."""
+    with ExitStack() as stack:
+        peers = []
+        for launch in launches:
+            console.print(f"loading {launch.name}", highlight=False)
+            peers.append(Peer(launch, folder=folder))
+            stack.callback(peers[-1].close)
+            peers[-1].wait_ready()
+        yield peers

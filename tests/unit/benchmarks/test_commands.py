@@ -25,7 +25,7 @@ from benchmarks import (
     roofline,
     training,
 )
-from benchmarks.peers.engines import LLAMA, VLLM_HEADS
+from benchmarks.peers.engines import LLAMA, VLLM, VLLM_HEADS, Environments
 from benchmarks.peers.process import Launch
 from medusa.adapters import Adapters
 from medusa.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
@@ -220,24 +220,75 @@ def test_contenders_of_one_name_are_refused_before_they_begin() -> None:
 
 
 def test_distillation_writes_every_row_to_its_length_at_every_batch_size(
-    tiny_folder: Path, heads_folder: Path, tmp_path: Path
+    tiny_folder: Path, heads_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(our_engines, "fit_policy", partial(fit_policy, budget_s=0.0))
     distillation.main(
         backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
         batch=[2, 3], tree=[1, 3], follow_load=True, max_tokens=NUM_TOKENS, rows=5, repeats=2, output=tmp_path,
     )  # fmt: skip
-    (record,) = tmp_path.glob("distillation-*.json")
+    (page,), (record,) = tmp_path.glob("*.md"), tmp_path.glob("distillation-*.json")
     figures = json.loads(record.read_text())["figures"]
-    assert figures.keys() == {f"{name}, batch {size}" for name in ("plain", "tree of 3", "adaptive") for size in (2, 3)}
-    assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in figures.values())
+    assert figures.keys() == {"batch 2", "batch 3"}
+    trees = {"tree of 3", "adaptive tree of 3"}
+    for one in figures.values():
+        assert one["tokens_per_s"].keys() == {"plain", *trees}
+        assert one["agreements"].keys() == trees
+        assert all(a["num_identical"] == a["num_prompts"] == 5 for a in one["agreements"].values())
+    assert "| plain | 3 |" in page.read_text()
 
     model = medusa.load(tiny_folder, heads=heads_folder, dtype="float32")
     rows = [[5, 6, 7], [8] * 9, [9]]
-    for nodes in (1, 3):
-        pass_ = distillation.run_once(model, distillation.Contender(batch=2, nodes=nodes), rows, num_tokens=NUM_TOKENS)
-        assert pass_.num_tokens == 3 * NUM_TOKENS
-        assert pass_.num_steps <= 3 * (NUM_TOKENS - 1)
-        assert (pass_.num_steps == 3 * (NUM_TOKENS - 1)) or nodes > 1
+    plain, tree = distillation.choose_engines(model, ["3"], batch=2, context_length=32)
+    for engine in (plain, tree):
+        turn = engine.answer(rows, NUM_TOKENS)
+        assert [len(ids) for ids in turn.token_ids] == [NUM_TOKENS] * 3
+        assert turn.num_steps is not None and turn.num_steps <= 3 * (NUM_TOKENS - 1)
+        assert (turn.num_steps == 3 * (NUM_TOKENS - 1)) or engine is tree
+
+
+def test_distillation_asks_vllm_for_the_same_rows_no_more_at_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that gives our own plain answers, but for one token of the last."""
+    model = medusa.load(tiny_folder, heads=None, dtype="float32")
+    asked = [model.encode(list(row.messages)) for row in distillation.make_rows(distillation._built_in(), 5)]
+    (plain,) = distillation.choose_engines(model, [], batch=2, context_length=max(map(len, asked)) + NUM_TOKENS)
+    answers = [list(ids) for ids in plain.answer(asked, NUM_TOKENS).token_ids]
+    answers[-1][3] += 1
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        "class Engine:\n"
+        "    version = 'stand-in 1'\n"
+        "    def __init__(self, *, asked, answers):\n"
+        "        self.asked, self.answers_ = asked, answers\n"
+        "    def answer(self, prompts, num_tokens):\n"
+        "        assert prompts == self.asked\n"
+        "        return [ids[:num_tokens] for ids in self.answers_], None\n"
+    )
+    told: list[tuple[Environments, int]] = []
+
+    def launches(environments: Environments, *_: object, max_batch_size: int, **__: object) -> list[Launch]:
+        told.append((environments, max_batch_size))
+        settings = {"asked": asked, "answers": answers}
+        return [Launch(name=VLLM, python=Path(sys.executable), engine=engine, settings=settings)]
+
+    monkeypatch.setattr(distillation, "peer_launches", launches)
+    distillation.main(
+        backbone=str(tiny_folder), heads="none", dtype="float32", device="cpu", threads=1, batch=[2, 4],
+        vllm=Path("v"), vllm_options='{"enforce_eager": true}', max_tokens=NUM_TOKENS, rows=5, repeats=2, output=tmp_path,
+    )  # fmt: skip
+    environments = Environments(vllm=Path("v"), vllm_options={"enforce_eager": True})
+    assert told == [(environments, 2), (environments, 4)]
+    (page,), (record,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    content = json.loads(record.read_text())
+    assert content["settings"]["beside"] == "stand-in 1"
+    for one in content["figures"].values():
+        assert one["tokens_per_s"].keys() == {"plain", VLLM}
+        ratio = one["speedups"]["plain"][VLLM]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert one["agreements"] == {VLLM: {"num_identical": 4, "num_prompts": 5, "first_difference": 3}}
+    assert "| vLLM and plain | 4 of 5 | at token 4 |" in page.read_text()
 
 
 def test_a_tree_that_the_heads_cannot_fill_is_refused(tiny_folder: Path, heads_folder: Path) -> None:
