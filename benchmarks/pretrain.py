@@ -29,6 +29,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.command import console, run_command
+from medusa.adapters import Adapters
 from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
@@ -85,11 +86,18 @@ def positions_of(rows: list[dict], backbone: Backbone, num_heads: int) -> Positi
     )
 
 
-def kept_positions(file: Path | None, rows: list[dict], backbone: Backbone, num_heads: int) -> Positions:
-    """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows."""
+def kept_positions(
+    file: Path | None, rows: list[dict], backbone: Backbone, num_heads: int, adapters: Adapters | None = None
+) -> Positions:
+    """The rows' positions, from `file` where a run before wrote them there. ValueError where they are of other rows.
+
+    `adapters` are those that the backbone was tuned by.
+    """
     if file is None:
         return positions_of(rows, backbone, num_heads)
     made_by = [list(Positions.__annotations__), backbone.fingerprint, str(backbone.dtype), num_heads]
+    if adapters is not None:
+        made_by += [adapters.describe(), adapters_digest(adapters)]
     told = json.dumps([*made_by, digest_of(rows), [weight_of(row) for row in rows]])
     digest = hashlib.sha256(told.encode()).hexdigest()
     if not file.exists():
@@ -175,6 +183,13 @@ def read_answers(files: list[Path]) -> list[dict]:
     return [row for row in rows if row["response_ids"] and len(row["response_ids"]) > 1]
 
 
+def adapters_digest(adapters: Adapters) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(adapters.tensors):
+        digest.update(adapters.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def digest_of(rows: list[dict]) -> str:
     """Of what was learned from, whatever the files."""
     digest = hashlib.sha256()
@@ -191,15 +206,18 @@ def batches(positions: Positions, size: int) -> Iterator[Tensor]:
         yield from (part for part in order.split(size) if len(part) == size)
 
 
-def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> MedusaHeads:
-    """Fresh heads of this shape ("none"), shipped ones ("default", "hydra"), or those of a folder, over the whole vocabulary."""
+def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> tuple[MedusaHeads, Adapters | None]:
+    """Fresh heads of this shape ("none"), shipped ones ("default", "hydra"), or those of a folder, over the whole vocabulary;
+    with a folder's adapters, by which the backbone is to be tuned."""
+    trained = None
     if start_from != "none":
-        trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone).heads
-        config = trained.config
+        trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone)
+        config = trained.heads.config
     heads = MedusaHeads(config, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
-    if start_from != "none":
-        heads.load_state_dict(trained.state_dict())
-    return heads
+    if trained is None:
+        return heads, None
+    heads.load_state_dict(trained.heads.state_dict())
+    return heads, trained.adapters
 
 
 def guessing_among(heads: MedusaHeads, targets: Tensor, size: int) -> MedusaHeads:
@@ -242,13 +260,16 @@ def main(
     torch.manual_seed(seed)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="float32", fused=False)
     shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, kind=kind)  # type: ignore[arg-type]
-    heads = first_heads(backbone, shape, start_from)
+    heads, adapters = first_heads(backbone, shape, start_from)
     num_heads = heads.num_heads
     reader = backbone if dtype == "float32" else load_backbone(DEFAULT_BACKBONE, dtype=dtype, fused=False)
+    if adapters is not None:
+        for tuned in [backbone] if reader is backbone else [backbone, reader]:
+            tuned.merge(adapters)
     rows = [row for row in read_answers(data) if not source or row["source"] in source][:limit]
     learn, held = [row for row in rows if not is_held_out(row["id"])], [row for row in rows if is_held_out(row["id"])]
-    train = kept_positions(positions and positions / "train.pt", learn, reader, num_heads)
-    test = kept_positions(positions and positions / "held-out.pt", held or rows[:1], reader, num_heads)
+    train = kept_positions(positions and positions / "train.pt", learn, reader, num_heads, adapters)
+    test = kept_positions(positions and positions / "held-out.pt", held or rows[:1], reader, num_heads, adapters)
     lm_head = reader.lm_head_weight.detach()
     softmax = SampledSoftmax(lm_head, train.targets)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
@@ -275,6 +296,7 @@ def main(
     heads = guessing_among(heads, train.targets, vocabulary)
     accuracy = held_out(heads, backbone, test).accuracy
     paths = grow_paths(accuracy, 64)
+    method = "MEDUSA-1" if adapters is None else f"heads alone behind a backbone tuned before (alpha {adapters.alpha})"
     save_checkpoint(
         out,
         heads,
@@ -283,8 +305,9 @@ def main(
         backbone_fingerprint=backbone.fingerprint,
         default_nodes=min(16, len(paths) + 1),
         accuracy=accuracy,
+        adapters=adapters,
         card={
-            "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, MEDUSA-1, backbone frozen.",
+            "Origin": f"`python -m benchmarks.pretrain`, {datetime.now(UTC).date()}, {method}, backbone frozen.",
             "Data": {"answers": len(rows), "positions": len(train.hidden), "digest": digest_of(rows)},
             "Settings": {
                 "steps": steps,

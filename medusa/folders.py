@@ -15,7 +15,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `target` when the block ends, and is gone if the block raises.
 
     An existing `target` is replaced, and stays as it was where that fails. What a writer had just taken away when it was
-    killed is put back first.
+    killed is put back first. Whoever may read the folder may read what is in it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _put_back(target)
@@ -23,6 +23,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         made, old = Path(work) / "made", Path(work) / "old"
         made.mkdir()
         yield made
+        for path in made.rglob("*"):  # safetensors writes for its owner alone
+            path.chmod(path.stat().st_mode | made.stat().st_mode & 0o444)
         if target.exists():
             os.replace(target, old)
         try:

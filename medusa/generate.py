@@ -238,10 +238,10 @@ def load(
 ) -> Model:
     """A model ready to generate.
 
-    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"` or `"hydra"`
+    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"`, `"hydra"` or `"medusa2"`
     (trained heads that come with this package, for the default backbone) or None (plain decoding, the original backbone).
-    A MEDUSA-2 checkpoint brings its tuned backbone: its adapters are merged. `force` uses heads made for other weights;
-    `fused` and `tree_kernel` as in `load_backbone`. Raises BackboneError, CheckpointError, ValueError.
+    A MEDUSA-2 checkpoint, `"medusa2"` too, brings its tuned backbone: its adapters are merged. `force` uses heads made for
+    other weights; `fused` and `tree_kernel` as in `load_backbone`. Raises BackboneError, CheckpointError, ValueError.
     """
     loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused, tree_kernel=tree_kernel)
     if heads is None:

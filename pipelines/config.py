@@ -187,7 +187,8 @@ class TrainSection(Section):
     `tune`: LoRA against the original's distribution; the whole backbone, or LoRA beside 4-bit weights, against labels.
 
     The rows are cut into `shards` lanes (null: one per worker); the run is the same function of the data for any number
-    of workers that divides them. `init_from`: "default" or "hydra" (shipped heads), a checkpoint folder, or "none" (fresh heads).
+    of workers that divides them. `init_from`: "default", "hydra" or "medusa2" (shipped heads), a checkpoint folder, or "none"
+    (fresh heads).
     A run stops where a loss stays above `divergence_ratio` times its lowest median (null: never).
     """
 

@@ -9,12 +9,18 @@ from medusa.errors import CheckpointError
 ROOT = Path(__file__).parent
 
 
-SUFFIXES = {"default": "", "hydra": "-hydra"}  # name of a shipped set → what follows its backbone's name
+SUFFIXES = {
+    "default": "",
+    "hydra": "-hydra",
+    "medusa2": "-medusa2",
+}  # name of a shipped set → what follows its backbone's name
 
 
 def heads_folder(heads: str | Path, backbone_name: str) -> Path:
-    """`heads` as given, or where they are the name of a shipped set ("default", "hydra"), its folder. CheckpointError where
-    the backbone has none."""
+    """`heads` as given, or where they are the name of a shipped set ("default", "hydra", "medusa2"), its folder.
+
+    CheckpointError where the backbone has none.
+    """
     return pretrained_heads(backbone_name, str(heads)) if str(heads) in SUFFIXES else Path(heads)
 
 

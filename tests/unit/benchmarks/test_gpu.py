@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import medusa
 from benchmarks.gpu import learn, pool, train_default
-from benchmarks.gpu.answers import answer, open_turn, own_prompts
+from benchmarks.gpu.answers import answer, asked_prompts, open_turn, own_prompts
 from benchmarks.gpu.learn import Row, Settings, batches, collate, medusa1, medusa2, soft_labels, train
 from benchmarks.gpu.low_rank import adapt, exported
 from benchmarks.gpu.pool import complete, plain_decoder
@@ -270,3 +270,12 @@ def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_pa
     empty = run(train_default.app, [*learning[:1], "--data", str(tmp_path / "none"), "--out", str(first), *common])
     assert isinstance(empty.exception, ValueError)
     assert "run `answer` first" in str(empty.exception)
+
+
+def test_a_line_of_a_prompts_file_ends_at_its_newline_alone(tmp_path: Path) -> None:
+    words = ["a\u2028b", "c\x85d", "e"]
+    rows = [{"id": n, "messages": [{"role": "user", "content": text}]} for n, text in enumerate(words)]
+    (tmp_path / "asked.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert asked_prompts(tmp_path / "asked.jsonl") == [(str(n), "asked", text) for n, text in enumerate(words)]

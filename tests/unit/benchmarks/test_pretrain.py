@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import pretrain
+from medusa.backbone import load_backbone
 from medusa.checkpoint import load_checkpoint
+from tests.unit.medusa.test_adapters import low_rank, saved
 from tests.unit.medusa.tiny import tiny_backbone
 
 NUM_KINDS = 8
@@ -63,3 +66,32 @@ def test_kept_positions_are_those_of_the_same_prompts_answers_and_weights(tmp_pa
         with pytest.raises(ValueError, match="holds the positions of other rows"):
             pretrain.kept_positions(file, [{**row, **change}], backbone, 2)
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_heads_learn_on_behind_the_backbone_that_their_adapters_tune(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "DEFAULT_BACKBONE", str(tiny_folder))
+    original = load_backbone(tiny_folder, dtype="float32", fused=False)
+    adapters = low_rank(original.model)
+    row = {"id": "0", "source": "x", "prompt_ids": [5, 6, 7], "response_ids": answer(0)}
+    pq.write_table(pa.Table.from_pylist([row, row | {"id": "1"}]), tmp_path / "answers.parquet")
+    pretrain.main(
+        data=[tmp_path / "answers.parquet"], out=tmp_path / "further", steps=2, batch=8, lr=1e-3, warmup=1,
+        start_from=str(saved(tmp_path, original, adapters)), source=None, limit=None, positions=tmp_path / "kept",
+        threads=0, seed=0, kind="medusa", dtype="float32", vocabulary=0, num_heads=9, num_layers=9,
+    )  # fmt: skip
+    written = load_checkpoint(tmp_path / "further")
+    assert written.heads.num_heads == 3 and written.adapters is not None
+    assert written.adapters.describe() == adapters.describe()
+    for name, value in written.adapters.tensors.items():
+        assert torch.equal(value, adapters.tensors[name].to(value.dtype))
+
+    file, tuned = tmp_path / "kept" / "train.pt", load_backbone(tiny_folder, dtype="float32", fused=False)
+    tuned.merge(adapters)
+    rows = [r for r in (row, row | {"id": "1"}) if not pretrain.is_held_out(r["id"])]
+    kept = pretrain.kept_positions(file, rows, tuned, 3, adapters)
+    assert torch.equal(kept.hidden, pretrain.positions_of(rows, tuned, 3).hidden)
+    for other in (None, replace(adapters, alpha=5.0)):
+        with pytest.raises(ValueError, match="holds the positions of other rows, backbone"):
+            pretrain.kept_positions(file, rows, tuned, 3, other)

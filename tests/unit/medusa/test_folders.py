@@ -21,6 +21,17 @@ def test_a_folder_is_replaced_by_what_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_whoever_may_read_the_folder_may_read_what_is_in_it(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "made") as folder:
+        (folder / "deep").mkdir()
+        for path in (folder / "text", folder / "deep" / "text"):
+            path.write_text("new")
+            path.chmod(0o600)
+        folder.chmod(0o750)
+    for path in (tmp_path / "made" / "text", tmp_path / "made" / "deep" / "text"):
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("fails", ["the block", "the last move"])
 def test_a_folder_that_could_not_be_replaced_stays_as_it_was(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
