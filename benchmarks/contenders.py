@@ -91,7 +91,8 @@ class OurEngine:
         done = {completion.request_id: completion for completion in self.engine.run(requests)}
         wall_s = time.perf_counter() - start
         completions = [done[request.request_id] for request in requests]
-        assert all(completion.error is None for completion in completions), "the context was made to fit"
+        if failed := [completion.error for completion in completions if completion.error is not None]:
+            raise ValueError(f"{self.name} could not answer: {failed[0]}")
         return Turn(
             token_ids=tuple(tuple(completion.token_ids) for completion in completions),
             wall_s=wall_s,

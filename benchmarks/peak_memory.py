@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from pathlib import Path
 
@@ -26,5 +27,6 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept for later is held by nobody
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
     return peak_bytes(device)

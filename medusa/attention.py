@@ -8,10 +8,6 @@ lies less than `window` *positions* (not slots) back: siblings share a position 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -21,12 +17,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from medusa.errors import BackboneError
-
-logger = logging.getLogger(__name__)
+from medusa.triton_support import has_triton
 
 IMPLEMENTATION = "medusa_tree"
-TreeKernel = Literal["sdpa", "triton"]
-MAX_TRITON_NODES = 256  # chunks of prompts are longer, and few: the masked kernel reads them
+GpuKernels = Literal["torch", "triton"]
+MAX_TRITON_NODES = 256  # longer chunks of prompts are few: the masked kernel reads them
 # Query with its groups folded into its rows [B,H/G,G·N,E], keys and values [B,H/G,S,E] → node by node [B,N,H,E].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,15 +62,17 @@ def tree_attention(
     return out.reshape(batch, heads, num_new, size).transpose(1, 2), None
 
 
-def parse_tree_kernel(name: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> TreeKernel:
-    """None: "triton" where there is Triton and a GPU, but for float64, which our kernels do not compute in. ValueError for a
-    kernel not known, or not to be had on this device."""
+def parse_gpu_kernels(name: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> GpuKernels:
+    """None: "triton" where there is Triton and a GPU, but for float64, which our kernels do not compute in. ValueError for
+    kernels not known, or not to be had on this device or in this type."""
     if name is None:
-        return "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "sdpa"
-    if name not in get_args(TreeKernel):
-        raise ValueError(f"unknown tree_kernel {name!r}; choose one of {', '.join(get_args(TreeKernel))}")
+        return "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "torch"
+    if name not in get_args(GpuKernels):
+        raise ValueError(f"unknown gpu_kernels {name!r}; choose one of {', '.join(get_args(GpuKernels))}")
     if name == "triton" and device.type != "cuda":
-        raise ValueError(f"tree_kernel 'triton' needs a CUDA GPU, got device {device}; use 'sdpa'")
+        raise ValueError(f"gpu_kernels 'triton' needs a CUDA GPU, got device {device}; use 'torch'")
+    if name == "triton" and dtype == torch.float64:
+        raise ValueError("gpu_kernels 'triton' computes in float32 or less, got float64; use 'torch'")
     return name  # type: ignore[return-value]
 
 
@@ -89,19 +86,6 @@ def masked_attend(mask: Tensor, groups: int) -> Attend:
         return seen.reshape(batch, -1, num_new, query.shape[3]).transpose(1, 2)
 
     return attend
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is here and can be imported: CUDA builds of torch bring it."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        importlib.import_module("triton.language")
-    except (ImportError, OSError) as error:
-        logger.warning("Triton is installed but cannot be imported, so slower code serves: %s", error)
-        return False
-    return True
 
 
 def triton_attend(offsets: Tensor, visible: Tensor) -> Attend:

@@ -157,7 +157,7 @@ class Backbone:
         self.version += 1
         if self.fused is not None:
             # It holds copies of the weights.
-            self.fused = FusedLlama(self.model, int8=self.fused.int8, tree_kernel=self.fused.tree_kernel)
+            self.fused = FusedLlama(self.model, int8=self.fused.int8, gpu_kernels=self.fused.gpu_kernels)
 
     # Running it
 
@@ -276,14 +276,14 @@ def load_backbone(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     fused: bool = True,
-    tree_kernel: attention.TreeKernel | None = None,
+    gpu_kernels: attention.GpuKernels | None = None,
 ) -> Backbone:
     """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype or device.
 
     `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference. `int8`
     rounds the weights of that path, half the bytes of bfloat16: for the Llama family on a CPU with a C compiler.
-    `tree_kernel` is what the fused path runs by on a GPU besides its products: our own Triton kernels ("triton", chosen where
-    there are both), or PyTorch's, with a mask ("sdpa").
+    `gpu_kernels` is what the fused path runs by on a GPU besides its products: our own Triton kernels ("triton", chosen where
+    there are both), or PyTorch's, with a mask ("torch").
     """
     torch_dtype = parse_dtype(dtype)
     int8 = torch_dtype == torch.int8
@@ -313,8 +313,8 @@ def load_backbone(
     assert backbone.fingerprint
     model.to(where, torch_dtype)
     if fused and FusedLlama.fits(model):
-        chosen = attention.parse_tree_kernel(tree_kernel, where, model.dtype)
-        backbone.fused = FusedLlama(model, int8=int8, tree_kernel=chosen)
+        chosen = attention.parse_gpu_kernels(gpu_kernels, where, model.dtype)
+        backbone.fused = FusedLlama(model, int8=int8, gpu_kernels=chosen)
     elif int8:
         raise BackboneError(
             f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for the Llama family through the "

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medusa.attention import has_triton
 from medusa.tree import DeviceTree
+from medusa.triton_support import has_triton
 
 
 def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:

@@ -298,10 +298,10 @@ class Engine:
             sequence.take(tokens, logprobs, nodes, self._eos)
             for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True)
         ]
-        ended = [slot for slot, delta in enumerate(deltas, start=first) if delta.completion is not None]
-        for slot in reversed(ended):
-            self._keep_prefix(slot, running[slot])
-            self._remove(slot)
+        for slot in range(len(running) - 1, first - 1, -1):  # a caller may have cancelled others meanwhile
+            if running[slot].finish_reason:
+                self._keep_prefix(slot, running[slot])
+                self._remove(slot)
         return deltas
 
     def _remove(self, slot: int) -> None:

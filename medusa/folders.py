@@ -24,7 +24,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for path in made.rglob("*"):  # safetensors writes for its owner alone
-            path.chmod(path.stat().st_mode | made.stat().st_mode & 0o444)
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode | made.stat().st_mode & (0o555 if path.is_dir() else 0o444))
         if target.exists():
             os.replace(target, old)
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa import llama_torch
-from medusa.attention import MAX_TRITON_NODES, Attend, TreeKernel, masked_attend, step_mask, triton_attend
+from medusa.attention import MAX_TRITON_NODES, Attend, GpuKernels, masked_attend, step_mask, triton_attend
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
 from medusa.linear import NATIVE, Kernel, Linear, kernel_for
@@ -53,13 +53,13 @@ class FusedLlama:
             and model.dtype.is_floating_point
         )
 
-    def __init__(self, model: PreTrainedModel, *, int8: bool = False, tree_kernel: TreeKernel = "sdpa") -> None:
+    def __init__(self, model: PreTrainedModel, *, int8: bool = False, gpu_kernels: GpuKernels = "torch") -> None:
         """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them.
-        `tree_kernel` does what lies between the products where the CPU's own kernels do not."""
+        `gpu_kernels` does what lies between the products where the CPU's own kernels do not."""
         config: Any = model.config
         core: Any = model.get_decoder()
         self.int8 = int8
-        self.tree_kernel = tree_kernel
+        self.gpu_kernels = gpu_kernels
         self.kernel = Kernel.NATIVE_INT8 if int8 else kernel_for(model.dtype, model.device)
         if int8 and (model.device.type != "cpu" or library() is None):
             raise BackboneError(
@@ -144,20 +144,20 @@ class FusedLlama:
 
     def _layer_by_layer(self, hidden: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         cos, sin = self.rotary(hidden, positions)
-        attend, small = self._attend(where, hidden.shape[1]), self._small
-        normed = small.norm(hidden, self.layers[0].norm_attention, self.eps)
+        attend, between = self._attend(where, hidden.shape[1]), self._between
+        normed = between.norm(hidden, self.layers[0].norm_attention, self.eps)
         norms_after = [layer.norm_attention for layer in self.layers[1:]] + [self.norm]
         for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
-            seen = attend(*small.rotate_into(cache, index, layer.qkv(normed), cos, sin, groups=self.groups))
-            hidden, normed = small.add_norm(hidden, layer.out(seen.flatten(2)), layer.norm_mlp, self.eps)
-            moved = layer.down(small.gated(layer.gate_up(normed)))
-            hidden, normed = small.add_norm(hidden, moved, norm_after, self.eps)
+            seen = attend(*between.rotate_into(cache, index, layer.qkv(normed), cos, sin, groups=self.groups))
+            hidden, normed = between.add_norm(hidden, layer.out(seen.flatten(2)), layer.norm_mlp, self.eps)
+            moved = layer.down(between.gated(layer.gate_up(normed)))
+            hidden, normed = between.add_norm(hidden, moved, norm_after, self.eps)
         return normed
 
     @property
-    def _small(self) -> Any:
+    def _between(self) -> _Between:
         """What lies between the products, by the kernels chosen."""
-        if self.tree_kernel == "triton":
+        if self.gpu_kernels == "triton":
             from medusa import llama_triton  # Triton is where CUDA builds of torch are
 
             return llama_triton
@@ -165,7 +165,7 @@ class FusedLlama:
 
     def _attend(self, where: Placement, num_new: int) -> Attend:
         """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
-        if self.tree_kernel == "triton" and num_new <= MAX_TRITON_NODES:
+        if self.gpu_kernels == "triton" and num_new <= MAX_TRITON_NODES:
             return triton_attend(where.offsets, where.visible)
         mask = step_mask(
             offsets=where.offsets,
@@ -175,6 +175,20 @@ class FusedLlama:
             dtype=self.dtype,
         )
         return masked_attend(mask, self.groups)
+
+
+class _Between(Protocol):
+    """`llama_torch` and `llama_triton`."""
+
+    def norm(self, hidden: Tensor, weight: Tensor, eps: float, /) -> Tensor: ...
+
+    def add_norm(self, hidden: Tensor, update: Tensor, weight: Tensor, eps: float, /) -> tuple[Tensor, Tensor]: ...
+
+    def gated(self, gate_up: Tensor, /) -> Tensor: ...
+
+    def rotate_into(
+        self, cache: KVCache, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, /, *, groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from medusa.attention import TreeKernel
+from medusa.attention import GpuKernels
 from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import SamplingParams
@@ -234,16 +234,16 @@ def load(
     device: str | torch.device | None = None,
     force: bool = False,
     fused: bool = True,
-    tree_kernel: TreeKernel | None = None,
+    gpu_kernels: GpuKernels | None = None,
 ) -> Model:
     """A model ready to generate.
 
     `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"`, `"hydra"` or `"medusa2"`
     (trained heads that come with this package, for the default backbone) or None (plain decoding, the original backbone).
     A MEDUSA-2 checkpoint, `"medusa2"` too, brings its tuned backbone: its adapters are merged. `force` uses heads made for
-    other weights; `fused` and `tree_kernel` as in `load_backbone`. Raises BackboneError, CheckpointError, ValueError.
+    other weights; `fused` and `gpu_kernels` as in `load_backbone`. Raises BackboneError, CheckpointError, ValueError.
     """
-    loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused, tree_kernel=tree_kernel)
+    loaded = load_backbone(backbone, dtype=dtype, device=device, fused=fused, gpu_kernels=gpu_kernels)
     if heads is None:
         return Model(loaded, None)
     checkpoint = load_checkpoint(heads_folder(heads, loaded.name), backbone=loaded, force=force)

@@ -172,6 +172,11 @@ class MedusaHeads(nn.Module):
             stacked.append((weight, bias[:, None]))
         self._stacked = stacked
 
+    def _apply(self, *args: Any, **kwargs: Any) -> MedusaHeads:
+        """Moved or cast, the heads are stacked no more: the views would be of what they were."""
+        self._stacked = []
+        return super()._apply(*args, **kwargs)
+
     def path_embeddings(self, path: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor | None:
         """path [...,J] token ids, the root first → what the heads read of them [...,J,D]; None for heads that read none.
 

@@ -43,7 +43,8 @@ class KVCache:
         self._rows = slice(0, 0)
         self._length = 0
         self.offsets = torch.zeros(0, dtype=torch.long, device=device)
-        self._targets = self.offsets
+        self._num_new = 0
+        self._targets: Tensor | None = None  # where `update` writes, found by the first one of a forward
         self._used = [0] * num_slots
 
     def begin(self, *, first_slot: int, offsets: Tensor, num_new: int, length: int) -> None:
@@ -54,8 +55,8 @@ class KVCache:
         batch = offsets.shape[0]
         assert first_slot + batch <= self.num_slots and length <= self.capacity, "the engine admits what fits"
         self.offsets = offsets
-        new = torch.arange(num_new, device=offsets.device)
-        self._targets = (self._base(first_slot, offsets)[..., None] + new).flatten()
+        self._num_new = num_new
+        self._targets = None
         self._rows = slice(first_slot, first_slot + batch)
         self._length = length
         self.mark_used(first_slot, batch, length)
@@ -68,6 +69,9 @@ class KVCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Transformers' contract: key, value [B,H,N,E] in, all that attention may see [B,H,length,E] out (views)."""
+        if self._targets is None:
+            new_places = torch.arange(self._num_new, device=self.offsets.device)
+            self._targets = (self._base(self._rows.start, self.offsets)[..., None] + new_places).flatten()
         for plane, new in ((2 * layer, key), (2 * layer + 1, value)):
             self._flat[plane].index_copy_(0, self._targets, new.reshape(-1, new.shape[-1]))
         return self.seen(layer)

@@ -53,7 +53,7 @@ def _rotate(qkv, cos, sin, offsets, query, keys, values, num_new, num_kv, groups
     are. `keys` and `values` begin at the first row's slot."""
     token = tl.program_id(0).to(tl.int64)
     sequence, new = token // num_new, token % num_new
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     within = tl.arange(0, HALF)
     num_query = num_kv * groups
     size = 2 * half

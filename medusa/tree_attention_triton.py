@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # keys of a block, and most query rows
-FLOAT32_BLOCK = 32  # a block of 64 would not fit into a processor's shared memory
+# A processor's shared memory, 99 KB on many GPUs, holds no larger ones of float32; by head size up to 128 and above.
+FLOAT32_BLOCKS = (32, 16)
 MAX_PIECES = 64
 PROGRAMS_PER_PROCESSOR = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +61,7 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
     """Softmax over one piece of one row's keys: partial [B,H,M,C,E] not yet divided, its largest score and its sum; or,
     where one piece is the `WHOLE`, the result."""
     sequence = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     piece, num_pieces = tl.program_id(2), tl.num_programs(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     node = row % num_nodes
@@ -148,16 +149,16 @@ def tree_attention(
     num_nodes = visible.shape[-1]
     if query.dtype not in DTYPES:
         raise ValueError(
-            f"Triton attention computes in float32, bfloat16 or float16, got {query.dtype}; use kernel 'sdpa'"
+            f"Triton attention computes in float32, bfloat16 or float16, got {query.dtype}; use gpu_kernels='torch'"
         )
     assert num_rows % num_nodes == 0 and visible.dtype == torch.bool
     assert keys.stride(3) == values.stride(3) == visible.stride(2) == 1, "read along the last dimension"
     query = query.contiguous()
     exact = query.dtype == torch.float32
-    block = FLOAT32_BLOCK if exact else BLOCK
+    head = max(16, triton.next_power_of_2(size))
+    block = FLOAT32_BLOCKS[head > 128] if exact else BLOCK
     block_rows = min(block, max(16, triton.next_power_of_2(num_rows)))
     row_blocks = triton.cdiv(num_rows, block_rows)
-    head = max(16, triton.next_power_of_2(size))
     pieces = num_pieces or _num_pieces(batch * num_heads * row_blocks, triton.cdiv(keys.shape[2], block), query.device)
     whole = pieces == 1
     partial, most, total = (

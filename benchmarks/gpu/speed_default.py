@@ -134,7 +134,7 @@ def main(
     heads: Annotated[str, typer.Option(help="'default', 'hydra' or a heads folder")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "auto",
-    kernel: Annotated[str | None, typer.Option(help="sdpa or triton; the model's own choice without")] = None,
+    kernel: Annotated[str | None, typer.Option(help="torch or triton; the model's own choice without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 16, 64 without")] = None,
     nodes: Annotated[int | None, typer.Option(min=2, help="of the tree; the checkpoint's own without")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
@@ -148,7 +148,7 @@ def main(
     """Measure a tree against plain decoding."""
     machine = describe_machine("benchmarks.gpu.speed_default")
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
-    model = medusa.load(backbone, heads=heads, device=device, dtype=dtype, tree_kernel=kernel)  # type: ignore[arg-type]
+    model = medusa.load(backbone, heads=heads, device=device, dtype=dtype, gpu_kernels=kernel)  # type: ignore[arg-type]
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = min(max(map(len, encoded)) + max_tokens, model.backbone.max_context)
     figures: dict[int, dict[str, Figures]] = {}
@@ -160,7 +160,7 @@ def main(
     kind = dtype_name(model)
     settings = describe(backbone, kind, rows, prompts) | {
         "max_tokens": max_tokens, "repeats": repeats,
-        "kernels": model.backbone.fused.tree_kernel if model.backbone.fused else "generic",
+        "kernels": model.backbone.fused.gpu_kernels if model.backbone.fused else "generic",
         "graphs": graphs and model.backbone.device.type == "cuda",
     }  # fmt: skip
     page = save(

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu.step_cost`: what a step costs by nodes and batch, at a known model's shapes, weights random.
 
 Answers three questions: what share of the memory's bandwidth plain decoding uses, what a tree adds to it, and which
-attention kernel is faster. Steps are timed on the host, from one result to the next: nothing is left out.
+kernels are faster, PyTorch's or ours, in what lies between the products. Steps are timed on the host, from one result to the
+next: nothing is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.command import RESULTS, console, run_command
 from benchmarks.gpu.shapes import random_backbone, random_heads, read_bytes, typical_tree
 from benchmarks.machine import describe_machine
 from benchmarks.report import Grid, save
-from medusa.attention import TreeKernel, parse_tree_kernel
+from medusa.attention import GpuKernels, parse_gpu_kernels
 from medusa.backbone import Backbone, parse_device, parse_dtype
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
@@ -37,15 +38,15 @@ Costs = dict[int, dict[int, float]]  # batch → nodes → median seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The steps of one kind of heads with one attention kernel."""
+    """The steps of one kind of heads by one kind of kernels."""
 
     lm_heads: LmHeads
-    kernel: TreeKernel
+    kernel: GpuKernels
     seconds: Costs
 
     @property
     def name(self) -> str:
-        return f"{self.lm_heads} lm_heads, {self.kernel} attention"
+        return f"{self.lm_heads} lm_heads, {self.kernel} kernels"
 
     def overhead(self, batch: int) -> float:
         """The largest tree's step over the plain one's."""
@@ -96,7 +97,7 @@ def measure(
     backbone: Backbone,
     lm_heads: LmHeads,
     *,
-    kernel: TreeKernel,
+    kernel: GpuKernels,
     nodes: Sequence[int],
     batches: Sequence[int],
     context: int,
@@ -104,7 +105,7 @@ def measure(
     graphs: bool,
 ) -> Measured:
     assert backbone.fused is not None
-    backbone.fused.tree_kernel = kernel
+    backbone.fused.gpu_kernels = kernel
     tree = typical_tree(max(nodes))
     decoder = Decoder(
         backbone, random_heads(backbone, lm_heads), tree, num_slots=max(batches),
@@ -140,7 +141,7 @@ def main(
     shapes: Annotated[str, typer.Option(help="vicuna-7b or tiny")] = "vicuna-7b",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
-    kernel: Annotated[list[str] | None, typer.Option(help="sdpa, triton; repeat it; both without, on CUDA")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="torch, triton; repeat it; both without, on CUDA")] = None,
     lm_heads: Annotated[list[str] | None, typer.Option(help="shared, own; repeat it; both without")] = None,
     nodes: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1 to 64 without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 4, 16, 64 without")] = None,
@@ -158,8 +159,8 @@ def main(
     measured: list[Measured] = []
     shares: dict[str, dict[int, float]] = {}
     backbone = random_backbone(shapes, device=where, dtype=parse_dtype(dtype))
-    kernels = kernel or (["sdpa", "triton"] if where.type == "cuda" else ["sdpa"])
-    for chosen in [parse_tree_kernel(name, where) for name in kernels]:
+    kernels = kernel or (["torch", "triton"] if where.type == "cuda" else ["torch"])
+    for chosen in [parse_gpu_kernels(name, where) for name in kernels]:
         for kind in [parse_lm_heads(name) for name in lm_heads or ["shared", "own"]]:
             one = measure(
                 backbone,

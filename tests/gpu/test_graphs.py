@@ -43,12 +43,12 @@ def engine_answers(
     tree: str = "static",
     scheme: str = "greedy",
     graphs: bool = True,
-    kernel: str = "sdpa",
+    kernel: str = "torch",
 ) -> list[list[int]]:
     """Five answers through two slots; prompts begin below the border of a length bucket and end behind it."""
     backbone = tiny_backbone(family, seed=3, dtype=dtype)
     backbone.model.to(device)
-    backbone.fused = FusedLlama(backbone.model, tree_kernel=kernel) if fused else None  # type: ignore[arg-type]
+    backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernel) if fused else None  # type: ignore[arg-type]
     engine = Engine(
         backbone,
         random_heads(backbone).to(device),
@@ -100,7 +100,7 @@ def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str) -
 def test_the_triton_kernel_decodes_what_the_masked_one_decodes(scheme: str) -> None:
     pytest.importorskip("triton")
     for tree in TREES:
-        answers = [engine_answers("cuda", tree=tree, scheme=scheme, kernel=kernel) for kernel in ("sdpa", "triton")]
+        answers = [engine_answers("cuda", tree=tree, scheme=scheme, kernel=kernel) for kernel in ("torch", "triton")]
         assert answers[0] == answers[1]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medusa.attention import has_triton
 from medusa.candidates import ranked_by_keys, ranked_places
+from medusa.triton_support import has_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

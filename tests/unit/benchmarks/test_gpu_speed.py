@@ -15,7 +15,7 @@ import medusa
 from benchmarks.gpu import speed_default, step_cost
 from benchmarks.gpu.shapes import SHAPES, random_backbone, random_heads, read_bytes, typical_tree
 from medusa import attention
-from medusa.attention import parse_tree_kernel
+from medusa.attention import parse_gpu_kernels
 from medusa.checkpoint import save_checkpoint
 from tests.gpu.test_graphs import engine_answers
 from tests.unit.medusa.tiny import NUM_HEADS
@@ -37,7 +37,7 @@ def test_steps_are_timed_for_every_size_at_tiny_shapes(tmp_path: Path) -> None:
     sizes = ["--batch", "1", "--batch", "2", "--nodes", "4", "--context", "30", "--repeats", "1", "--copy-mib", "1"]
     record, page = run(step_cost.main, tmp_path, "--shapes", "tiny", *sizes)
     figures = record["figures"]
-    assert set(figures) == {"shared lm_heads, sdpa attention", "own lm_heads, sdpa attention"}
+    assert set(figures) == {"shared lm_heads, torch kernels", "own lm_heads, torch kernels"}
     for own in figures.values():
         assert {batch: set(row) for batch, row in own["seconds"].items()} == {"1": {"1", "4"}, "2": {"1", "4"}}
         assert all(value > 0 for row in own["seconds"].values() for value in row.values())
@@ -55,7 +55,7 @@ def test_a_plain_step_reads_the_weights_but_the_embedding_and_the_whole_cache() 
 
 
 def test_overhead_is_the_largest_trees_step_over_the_plain_one() -> None:
-    one = step_cost.Measured(lm_heads="own", kernel="sdpa", seconds={1: {1: 2.0, 8: 2.2, 64: 2.5}})
+    one = step_cost.Measured(lm_heads="own", kernel="torch", seconds={1: {1: 2.0, 8: 2.2, 64: 2.5}})
     assert one.overhead(1) == 1.25
 
 
@@ -79,19 +79,19 @@ def test_a_tree_is_set_beside_plain_decoding(tiny_folder: Path, tmp_path: Path) 
 def test_what_cannot_be_had_here_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown shapes 'llama'; choose one of vicuna-7b, smollm2-135m, tiny"):
         random_backbone("llama", device=CPU, dtype=torch.float32)
-    with pytest.raises(ValueError, match="needs a CUDA GPU, got device cpu; use 'sdpa'"):
-        parse_tree_kernel("triton", CPU)
-    with pytest.raises(ValueError, match="unknown tree_kernel 'flash'; choose one of sdpa, triton"):
-        parse_tree_kernel("flash", CPU)
+    with pytest.raises(ValueError, match="needs a CUDA GPU, got device cpu; use 'torch'"):
+        parse_gpu_kernels("triton", CPU)
+    with pytest.raises(ValueError, match="unknown gpu_kernels 'flash'; choose one of torch, triton"):
+        parse_gpu_kernels("flash", CPU)
 
 
 def test_a_kernel_is_chosen_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "has_triton", lambda: True)
     gpu = torch.device("cuda")
-    assert parse_tree_kernel(None, gpu) == parse_tree_kernel(None, gpu, torch.bfloat16) == "triton"
-    assert parse_tree_kernel(None, gpu, torch.float64) == parse_tree_kernel(None, CPU) == "sdpa"
+    assert parse_gpu_kernels(None, gpu) == parse_gpu_kernels(None, gpu, torch.bfloat16) == "triton"
+    assert parse_gpu_kernels(None, gpu, torch.float64) == parse_gpu_kernels(None, CPU) == "torch"
     monkeypatch.setattr(attention, "has_triton", lambda: False)
-    assert parse_tree_kernel(None, gpu) == "sdpa"
+    assert parse_gpu_kernels(None, gpu) == "torch"
 
 
 def test_the_helper_of_the_gpu_tests_works_without_a_gpu() -> None:

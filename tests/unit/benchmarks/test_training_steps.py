@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import training_steps
+from benchmarks.peak_memory import MIB, peak_bytes, reset_peak
 from benchmarks.training_contenders import CONTENDERS, FIRST, LATER, NAIVE, OURS, Batch, Setting, Trainer, keep, padded
 from benchmarks.training_processes import TOLERANCE, Job, OwnProcess, _check_same, serve
 from benchmarks.training_rows import draw_batches, num_labels, padding_share, random_rows, read_rows
@@ -150,6 +151,18 @@ def test_a_process_answers_each_number_of_a_batch_with_a_step(method: str, dtype
         first[name] = steps[0].loss
     torch.set_num_threads(threads)
     _check_same(first, TOLERANCE[dtype])
+
+
+def test_the_peak_is_what_was_held_since_it_began() -> None:
+    device = torch.device("cpu")
+    before = torch.ones(64 * MIB, dtype=torch.uint8)
+    del before
+    start = reset_peak(device)
+    assert peak_bytes(device) - start < 16 * MIB
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert 60 * MIB < peak_bytes(device) - start < 80 * MIB
+    del held
+    assert peak_bytes(device) - start > 60 * MIB, "a peak stays"
 
 
 def test_a_contender_that_ends_is_told() -> None:

@@ -142,6 +142,25 @@ def test_a_row_limited_to_n_nodes_accepts_what_the_tree_of_its_first_n_nodes_acc
         )  # fmt: skip
 
 
+@settings(max_examples=60, deadline=None)
+@given(trees(), st.integers(0, 10**6))
+def test_edited_logits_are_walked_at_once_as_step_by_step(tree: Tree, seed: int) -> None:
+    tokens, logits = verified(tree, 3, seed)
+    params = [
+        SamplingParams(logit_bias={seed % VOCAB: 3.0}),
+        SamplingParams(presence_penalty=1.5, frequency_penalty=0.5),
+        SamplingParams(),
+    ]
+    rows = SamplingRows.of(params, CPU, [[1], [seed % VOCAB, 2], []])
+    position = torch.full((3,), 4)
+    at_once, walked = (
+        accept(tree.on(CPU).rows(3), tokens, logits.clone(), rows, position, early_exit=early_exit)
+        for early_exit in (False, True)
+    )
+    for name in ("node", "num_accepted", "next_root"):
+        assert torch.equal(getattr(at_once, name), getattr(walked, name))
+
+
 def test_padding_never_accepts_a_real_token_zero() -> None:
     """The reference pads short paths with token 0: where token 0 is likely, it accepts nodes that do not exist."""
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 0, 0)])

@@ -114,6 +114,33 @@ def test_the_callers_stop_cuts_inside_a_path() -> None:
     assert done.token_ids == seen == free[:3] and done.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("order", ["abc", "bca", "cab", "acb"])
+def test_a_caller_may_cancel_another_in_the_step_in_which_a_third_ends(order: str) -> None:
+    made, seen = engine(Tree.root_only()), []
+
+    def cancels(token: int) -> bool:
+        seen.append(token)
+        if len(seen) == 3:
+            assert made.cancel("b")
+        return False
+
+    lengths = {"a": 12, "b": 12, "c": 3}
+    requests = [
+        Request(
+            prompt_ids=prompt_of(5, "abc".index(name)),
+            params=SamplingParams(max_tokens=lengths[name], ignore_eos=True),
+            request_id=name,
+            on_token=cancels if name == "a" else None,
+        )
+        for name in order
+    ]
+    done = {completion.request_id: completion for completion in made.run(requests)}
+    assert {name: len(one.token_ids) for name, one in done.items()} == {"a": 12, "c": 3}
+    for one in done.values():
+        alone = answers([ask("abc".index(one.request_id), max_tokens=12, ignore_eos=True)], engine(Tree.root_only()))
+        assert one.token_ids == next(iter(alone.values())).token_ids[: len(one.token_ids)]
+
+
 def test_decoding_goes_to_the_very_end_of_the_context_and_not_beyond() -> None:
     for tree in (Tree.root_only(), TREE):
         made = engine(tree, context=32)

@@ -23,13 +23,15 @@ def test_a_folder_is_replaced_by_what_was_written(tmp_path: Path) -> None:
 
 def test_whoever_may_read_the_folder_may_read_what_is_in_it(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "made") as folder:
-        (folder / "deep").mkdir()
+        (folder / "deep").mkdir(mode=0o700)
+        (folder / "nowhere").symlink_to("gone")
         for path in (folder / "text", folder / "deep" / "text"):
             path.write_text("new")
             path.chmod(0o600)
         folder.chmod(0o750)
     for path in (tmp_path / "made" / "text", tmp_path / "made" / "deep" / "text"):
         assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "made" / "deep").stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize("fails", ["the block", "the last move"])

@@ -56,6 +56,26 @@ def test_stacked_for_decoding_heads_give_the_same_features_and_keep_nothing_twic
     assert len(storages) == 2 * 2, "weights and biases of a layer lie in one piece"
 
 
+def test_stacked_heads_learn_are_cast_and_read_paths_as_others() -> None:
+    hidden, backbone = torch.randn(3, 32), tiny_backbone()
+    heads = random_heads(backbone, lm_heads="own")
+    want = heads.logits(hidden, backbone)
+    heads.stack()
+    torch.testing.assert_close(heads.logits(hidden, backbone), want)
+    heads.train()
+    heads.features(hidden).sum().backward()
+    assert all(block.weight.grad is not None for head in heads.heads for block in head.blocks)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for weight in heads.eval().double().parameters():
+            weight.zero_()
+    assert torch.equal(heads.features(hidden.double())[:, 0], hidden.double())
+    hydra = MedusaHeads(HeadsConfig(num_heads=2, kind="hydra"), hidden_size=32, vocab_size=40)
+    path = torch.randn(3, 2, 32)
+    want = hydra.features(hidden, path=path)
+    hydra.stack()
+    assert torch.equal(hydra.features(hidden, path=path), want)
+
+
 def test_the_first_heads_alone_give_the_same_logits() -> None:
     backbone = tiny_backbone()
     for lm_heads in ("shared", "own"):

@@ -10,6 +10,10 @@ from medusa import llama_torch, llama_triton
 from medusa.kv_cache import KVCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = (
+    torch.bfloat16 if torch.cuda.is_available() else torch.float16
+)  # the interpreter cuts bfloat16 off, a GPU rounds it
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -35,19 +39,23 @@ def test_the_norm_of_half_precision_is_that_of_the_rounded_sum() -> None:
     torch.testing.assert_close(normed, want_normed, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("width", [3, 1024, 1500])
-def test_gates(width: int) -> None:
-    gate_up = drawn(2, 3, 2 * width) * 8
-    torch.testing.assert_close(llama_triton.gated(gate_up), llama_torch.gated(gate_up), rtol=1e-5, atol=1e-6)
+def test_gates(width: int, dtype: torch.dtype) -> None:
+    gate_up = drawn(2, 3, 2 * width, dtype=dtype) * 8
+    want = llama_torch.gated(gate_up.double())
+    torch.testing.assert_close(llama_triton.gated(gate_up).double(), want, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("heads", "groups", "size", "new"), [(2, 1, 8, 1), (3, 3, 64, 5), (1, 5, 24, 2)])
 def test_heads_turn_and_keys_and_values_lie_where_the_cache_has_them(
-    heads: int, groups: int, size: int, new: int
+    heads: int, groups: int, size: int, new: int, dtype: torch.dtype
 ) -> None:
     found = []
-    qkv, angle = drawn(2, new, heads * (groups + 2) * size), drawn(2, new, size // 2).repeat(1, 1, 2)
-    before = drawn(4, 3, heads, 20, size)
+    qkv = drawn(2, new, heads * (groups + 2) * size, dtype=dtype)
+    angle = drawn(2, new, size // 2).repeat(1, 1, 2)
+    before = drawn(4, 3, heads, 20, size, dtype=dtype)
     offsets = torch.tensor([7, 0], device=DEVICE)
     for ops in (llama_torch, llama_triton):
         cache = KVCache(
@@ -56,14 +64,16 @@ def test_heads_turn_and_keys_and_values_lie_where_the_cache_has_them(
             capacity=20,
             num_kv_heads=heads,
             head_dim=size,
-            dtype=torch.float32,
+            dtype=dtype,
             device=DEVICE,
         )
         cache.store.copy_(before)
         cache.begin(first_slot=1, offsets=offsets, num_new=new, length=16)
-        found.append((*ops.rotate_into(cache, 1, qkv, angle.cos(), angle.sin(), groups=groups), cache.store))
+        found.append(
+            (*ops.rotate_into(cache, 1, qkv, angle.cos().to(dtype), angle.sin().to(dtype), groups=groups), cache.store)
+        )
     for want, got in zip(*found, strict=True):
         assert want.shape == got.shape
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
     assert torch.equal(found[1][3][:2], before[:2])
     assert torch.equal(found[1][3][:, 0], before[:, 0])

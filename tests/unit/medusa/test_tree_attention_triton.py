@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton (it comes with CUDA builds of torch)")
+from medusa import fused_llama
 from medusa import tree_attention_triton as kernels
 from medusa.config import SamplingParams
 from medusa.engine import Engine, Request
@@ -59,6 +60,7 @@ def case(
         (3, 8, [0, 70, 128], TREE, 1),
         (3, 24, [0, 70, 128], TREE, 5),
         (6, 16, [3, 60], TREE, 3),  # more query rows than one program holds
+        (1, 160, [40], Tree.root_only(), 2),
     ],
 )
 def test_the_kernel_is_the_textbooks_attention(
@@ -87,12 +89,15 @@ def test_float64_is_refused_by_name() -> None:
         kernels.tree_attention(*case(1, 16, [3], TREE, torch.float64))
 
 
-def test_an_engine_decodes_the_same_with_either_kernel() -> None:
+@pytest.mark.parametrize("longest", [256, 4])
+def test_an_engine_decodes_the_same_with_either_kernel(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 4, prompts and the tree itself are longer than what the kernel reads: a mask serves behind the other kernels."""
+    monkeypatch.setattr(fused_llama, "MAX_TRITON_NODES", longest)
     answers = []
-    for kernel in ("sdpa", "triton"):
+    for kernel in ("torch", "triton"):
         backbone = tiny_backbone(seed=3, num_hidden_layers=1)
         backbone.model.to(DEVICE)
-        backbone.fused = FusedLlama(backbone.model, tree_kernel=kernel)  # type: ignore[arg-type]
+        backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernel)  # type: ignore[arg-type]
         engine = Engine(backbone, random_heads(backbone).to(DEVICE), tree=TREE, max_batch_size=2, context_length=64)
         requests = [
             Request(prompt_ids=[3, 1, 4, n], params=SamplingParams(max_tokens=8, ignore_eos=True), request_id=str(n))
