@@ -53,7 +53,7 @@ def all_grids(sections: dict[int, Section], *, tree: str) -> list[Grid]:
 
 def main(
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
-    heads: Annotated[str, typer.Option(help="'default', 'hydra' or a heads folder")] = "default",
+    heads: Annotated[str, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder")] = "default",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="threads of every engine; 0: one for each core")] = 0,

@@ -207,8 +207,8 @@ def batches(positions: Positions, size: int) -> Iterator[Tensor]:
 
 
 def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> tuple[MedusaHeads, Adapters | None]:
-    """Fresh heads of this shape ("none"), shipped ones ("default", "hydra"), or those of a folder, over the whole vocabulary;
-    with a folder's adapters, by which the backbone is to be tuned."""
+    """Fresh heads of this shape ("none"), shipped ones, or those of a folder, over the whole vocabulary; with the adapters of
+    a MEDUSA-2 set, by which the backbone is to be tuned."""
     trained = None
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone)
@@ -241,7 +241,7 @@ def main(
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     vocabulary: Annotated[int, typer.Option(help="most frequent tokens that the heads guess among; 0: all")] = 0,
     start_from: Annotated[
-        str, typer.Option(help="'none', 'default', 'hydra' or a folder, whose shape is kept")
+        str, typer.Option(help="'none', 'default', 'hydra', 'medusa2' or a folder, whose shape is kept")
     ] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,

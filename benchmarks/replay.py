@@ -105,7 +105,9 @@ def main(
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
     calibration: Annotated[Path | None, typer.Option(help="JSONL of other prompts, to grow trees from")] = None,
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
-    heads: Annotated[list[str] | None, typer.Option(help="'default', 'hydra' or a heads folder; repeat it")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder; repeat it")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 makes the count exact")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,

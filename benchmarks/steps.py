@@ -56,7 +56,9 @@ def time_steps(
 
 
 def main(
-    heads: Annotated[list[str] | None, typer.Option(help="'default', 'hydra' or a heads folder; repeat it")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder; repeat it")
+    ] = None,
     tree: Annotated[list[int] | None, typer.Option(help="nodes of the trees; repeat it (default: 6, 16, 64)")] = None,
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32")] = "auto",

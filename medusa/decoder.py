@@ -151,12 +151,9 @@ class Decoder:
 
     def prefill(self, first_slot: int, prompts: Sequence[Sequence[int]], rows: SamplingRows) -> StepTokens:
         """All of this at once: whole prompts into slots first_slot, … and the first token of each answer."""
-        slots = range(first_slot, first_slot + len(prompts))
-        for slot in slots:
+        self._forget(first_slot, first_slot + len(prompts))
+        for slot in range(first_slot, first_slot + len(prompts)):
             self.cache.free(slot)
-            self._host_lengths[slot] = 0
-        for state in (self.lengths, self.roots, self.hidden):
-            state[slots.start : slots.stop] = 0
         for start in range(0, max(map(len, prompts)), self.prefill_chunk):
             self.extend(first_slot, [prompt[start : start + self.prefill_chunk] for prompt in prompts])
         return self.start(first_slot, rows)
@@ -257,9 +254,13 @@ class Decoder:
     def free(self, slot: int) -> None:
         """Forget the sequence in a slot. A step that still covers the idle row decodes from length 0 into its own slot;
         the slot's keys and values are zeroed when it is taken again."""
-        self._set_length(slot, 0)
-        self.roots[slot] = 0
-        self.hidden[slot] = 0
+        self._forget(slot, slot + 1)
+
+    def _forget(self, first: int, stop: int) -> None:
+        """As `free`, of slots first…stop−1 at once."""
+        for state in (self.lengths, self.roots, self.hidden):
+            state[first:stop] = 0
+        self._host_lengths[first:stop] = [0] * (stop - first)
 
     def _set_length(self, slot: int, length: int) -> None:
         self.lengths[slot] = length

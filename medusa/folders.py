@@ -24,8 +24,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for path in made.rglob("*"):  # safetensors writes for its owner alone
-            if not path.is_symlink():
-                path.chmod(path.stat().st_mode | made.stat().st_mode & (0o555 if path.is_dir() else 0o444))
+            if path.is_symlink():
+                continue
+            mode = path.stat().st_mode
+            wanted = mode | made.stat().st_mode & (0o555 if path.is_dir() else 0o444)
+            if wanted != mode:  # not every file system lets modes be changed
+                path.chmod(wanted)
         if target.exists():
             os.replace(target, old)
         try:

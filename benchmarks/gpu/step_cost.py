@@ -20,7 +20,7 @@ import torch
 import typer
 
 from benchmarks.command import RESULTS, console, run_command
-from benchmarks.gpu.shapes import random_backbone, random_heads, read_bytes, typical_tree
+from benchmarks.gpu.shapes import SHAPES, random_backbone, random_heads, read_bytes, typical_tree
 from benchmarks.machine import describe_machine
 from benchmarks.report import Grid, save
 from medusa.attention import GpuKernels, parse_gpu_kernels
@@ -138,7 +138,7 @@ def grids(measured: Sequence[Measured], shares: Mapping[str, Mapping[int, float]
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="vicuna-7b or tiny")] = "vicuna-7b",
+    shapes: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "vicuna-7b",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     kernel: Annotated[list[str] | None, typer.Option(help="torch, triton; repeat it; both without, on CUDA")] = None,

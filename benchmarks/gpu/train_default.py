@@ -99,10 +99,15 @@ def make_heads(
     backbone: Backbone, start_from: str, shape: HeadsConfig, vocabulary: torch.Tensor | None = None
 ) -> MedusaHeads:
     """Heads to train, in float32: fresh ones ("none"), which guess among `vocabulary`, or others ("default", "hydra": shipped)
-    with their own."""
+    with their own. ValueError for heads of a tuned backbone: they would be trained behind the original one."""
     trained = None
     if start_from != "none":
-        trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32).heads
+        known = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone, dtype=torch.float32)
+        if known.adapters is not None:
+            raise ValueError(
+                f"{start_from} holds heads of a tuned backbone (MEDUSA-2); start from heads of the original"
+            )
+        trained = known.heads
         shape = trained.config
     heads = MedusaHeads(
         shape, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, dtype=torch.float32,

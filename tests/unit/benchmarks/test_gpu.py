@@ -267,6 +267,11 @@ def test_from_prompts_to_heads_and_adapters_by_command(tiny_folder: Path, tmp_pa
         plain = model.generate("Hello", tree=1, max_tokens=12).token_ids
         assert model.generate("Hello", max_tokens=12).token_ids == plain
         assert len(json.loads(folder.with_suffix(".json").read_text())["top"]["1"]) == 2
+    tuned_start = run(
+        train_default.app, [*learning, "--out", str(tmp_path / "x"), "--start-from", str(second), *common]
+    )
+    assert isinstance(tuned_start.exception, ValueError)
+    assert "holds heads of a tuned backbone (MEDUSA-2)" in str(tuned_start.exception)
     empty = run(train_default.app, [*learning[:1], "--data", str(tmp_path / "none"), "--out", str(first), *common])
     assert isinstance(empty.exception, ValueError)
     assert "run `answer` first" in str(empty.exception)
