@@ -1,15 +1,17 @@
 """`python -m benchmarks.replay`: acceleration rates of many trees and sets of heads, from one plain decoding of the prompts.
 
 Greedy answers do not depend on the tree, so each tree's steps are counted by replaying them (`medusa.replay`; a test holds
-it to the engine's own count). With `--calibration` it also grows a tree for each set of heads from answers to those
-prompts, which must not be those of the measurement, and `--keep` writes the heads with it. Counts steps; times nothing.
+it to the engine's own count). With `--calibration` it also grows a tree for each set of heads, and fits their temperatures,
+on answers to those prompts, which must not be those of the measurement; `--keep` writes the heads with both. Counts steps;
+times nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -24,23 +26,17 @@ from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import Prompt, built_in, read_prompts
 from benchmarks.report import Grid, save
 from medusa.checkpoint import load_checkpoint, save_checkpoint
+from medusa.confidence import fit_temperatures
 from medusa.config import SamplingParams
+from medusa.dynamic_tree import DynamicTree
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
-from medusa.replay import guessed_ranks, num_steps
+from medusa.replay import accepted_lengths, guessed_ranks, num_steps, steps_through
 from medusa.tree import Tree
 from medusa.tree_search import MAX_RANKS, HitTable, grow_paths
 
 MAX_NODES = 64
 STORED, GROWN = "stored tree", "grown anew"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replayed:
-    """A prompt's answer as the ranks [P,K] at which the heads guessed it."""
-
-    category: str
-    ranks: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,39 +61,63 @@ def answered(model: Model, prompts: Sequence[Prompt], *, max_tokens: int, batch:
     ]
 
 
-def replayed(model: Model, answers: Sequence[Answered]) -> list[Replayed]:
-    """Look up what the heads guessed."""
+def pairs_of(answers: Sequence[Answered]) -> list[tuple[list[int], list[int]]]:
+    return [(one.prompt_ids, one.answer_ids) for one in answers]
+
+
+def ranks_in(model: Model, answers: Sequence[Answered]) -> list[Tensor]:
+    """Of each answer, the ranks [P,K] at which the heads guessed it."""
     assert model.heads is not None
-    found = guessed_ranks(model.backbone, model.heads, [(one.prompt_ids, one.answer_ids) for one in answers])
-    return [Replayed(category=one.category, ranks=ranks) for one, ranks in zip(answers, found, strict=True)]
+    return list(guessed_ranks(model.backbone, model.heads, pairs_of(answers)))
 
 
-def rates(answers: Sequence[Replayed], tree: Tree) -> dict[str, float]:
-    """Acceleration rate by category and over `all`."""
-    steps = [(answer.category, len(answer.ranks), num_steps(answer.ranks, tree)) for answer in answers]
+def steps_of(model: Model, answers: Sequence[Answered], ranks: Sequence[Tensor], tree: Tree | DynamicTree) -> list[int]:
+    """Verify steps of each answer. The ranks serve every static tree; a dynamic one is proposed at each position."""
+    if isinstance(tree, Tree):
+        return [num_steps(own, tree) for own in ranks]
+    assert model.heads is not None
+    found = accepted_lengths(model.backbone, model.heads, tree, pairs_of(answers))
+    return [steps_through(lengths) for lengths in found]
+
+
+def rates(answers: Sequence[Answered], counts: Sequence[int]) -> dict[str, float]:
+    """Acceleration rate by category and over `all`, from the answers' steps."""
+    steps = [(a.category, len(a.answer_ids) - 1, count) for a, count in zip(answers, counts, strict=True)]
     categories = dict.fromkeys([*(category for category, _, _ in steps), "all"])
     chosen = {name: [row for row in steps if name in (row[0], "all")] for name in categories}
     return {name: sum(row[1] for row in rows) / sum(row[2] for row in rows) for name, rows in chosen.items()}
 
 
-def hits_of(answers: Sequence[Replayed]) -> HitTable:
-    """How often the heads were right on calibration answers."""
-    hits = torch.stack([torch.cat([answer.ranks for answer in answers]) == rank for rank in range(MAX_RANKS)], dim=2)
+def hits_of(answers: Sequence[Tensor]) -> HitTable:
+    """How often the heads were right on answers, from their ranks [P,K]."""
+    hits = torch.stack([torch.cat(list(answers)) == rank for rank in range(MAX_RANKS)], dim=2)
     # Head k has no target at the last k − 1 positions of an answer.
-    num_heads = hits.shape[1]
-    counts = torch.tensor([sum(max(len(answer.ranks) - k, 0) for answer in answers) for k in range(num_heads)])
+    counts = torch.tensor([sum(max(len(ranks) - k, 0) for ranks in answers) for k in range(hits.shape[1])])
     return HitTable(hits=hits.sum(dim=0), counts=counts)
 
 
-def keep(model: Model, hits: HitTable, folder: Path) -> None:
-    """The model's heads, as they are stored, with the tree grown from `hits`; their card says so."""
+def calibrated(model: Model, answers: Sequence[Answered]) -> Model:
+    """The same heads with the tree and the temperatures that these answers give."""
+    assert model.heads is not None and model.checkpoint is not None
+    accuracy = hits_of(ranks_in(model, answers)).accuracy
+    checkpoint = replace(
+        model.checkpoint,
+        paths=grow_paths(accuracy, MAX_NODES),
+        accuracy=accuracy.tolist(),
+        temperatures=fit_temperatures(model.backbone, model.heads, pairs_of(answers)),
+    )
+    return Model(model.backbone, model.heads, checkpoint)
+
+
+def keep(model: Model, folder: Path) -> None:
+    """The heads of a calibrated model, as they are stored, with its tree and temperatures; their card says so."""
     assert model.checkpoint is not None and model.checkpoint.folder is not None
-    old, paths = load_checkpoint(model.checkpoint.folder), grow_paths(hits.accuracy, MAX_NODES)
+    old, new = load_checkpoint(model.checkpoint.folder), model.checkpoint
     told = f"Grown from answers to calibration prompts: `python -m benchmarks.replay`, {datetime.now(UTC).date()}."
     save_checkpoint(
-        folder, old.heads, paths=paths, backbone_name=old.backbone_name, backbone_fingerprint=old.backbone_fingerprint,
-        default_nodes=old.default_nodes and min(old.default_nodes, len(paths) + 1), accuracy=hits.accuracy,
-        temperatures=old.temperatures, adapters=old.adapters, card=old.card | {"Tree": told}, dtype=old.dtype,
+        folder, old.heads, paths=new.paths, backbone_name=old.backbone_name, backbone_fingerprint=old.backbone_fingerprint,
+        default_nodes=old.default_nodes and min(old.default_nodes, len(new.paths) + 1), accuracy=new.accuracy,
+        temperatures=new.temperatures, adapters=old.adapters, card=old.card | {"Tree": told}, dtype=old.dtype,
     )  # fmt: skip
 
 
@@ -111,7 +131,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 makes the count exact")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,
-    tree: Annotated[list[int] | None, typer.Option(help="nodes of the trees; repeat it (default: 16, 64)")] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="nodes of the trees, or dynamic:N; repeat it (default: 16, 64)")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=2)] = 96,
     batch: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
@@ -134,14 +156,15 @@ def main(
         tuned = "" if model.checkpoint.adapters is None else name  # the original answers for all heads that are its own
         if tuned not in known:
             known[tuned] = [answered(model, some, max_tokens=max_tokens, batch=batch) for some in (rows, others)]
-        answers, elsewhere = (replayed(model, some) for some in known[tuned])
-        paths = {STORED: list(model.checkpoint.paths)}
+        answers, elsewhere = known[tuned]
+        ranks, models = ranks_in(model, answers), {STORED: model}
         if others:
-            paths[GROWN] = grow_paths(hits_of(elsewhere).accuracy, MAX_NODES)
-        for how, size in ((how, size) for how in paths for size in tree or (16, 64)):
-            found[f"{label}, {how}, {size}"] = rates(answers, Tree.from_paths(paths[how][: size - 1]))
+            models[GROWN] = calibrated(model, elsewhere)
+        for (how, one), size in product(models.items(), tree or ("16", "64")):
+            counts = steps_of(one, answers, ranks, one.resolve_tree(size))
+            found[f"{label}, {how}, {size}"] = rates(answers, counts)
         if kept is not None:
-            keep(model, hits_of(elsewhere), kept)
+            keep(models[GROWN], kept)
     categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))
     table = Grid(
         title="Acceleration rate, greedy, replayed",

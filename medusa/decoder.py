@@ -15,12 +15,11 @@ from torch import Tensor
 
 from medusa.acceptance import accept
 from medusa.backbone import Backbone, Placement
-from medusa.candidates import static_candidates
-from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree, dynamic_candidates
+from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree
 from medusa.heads import MedusaHeads
-from medusa.hydra import check_tree, sequential_candidates
 from medusa.logprobs import TokenLogprobs
 from medusa.native.build import library
+from medusa.proposals import Proposer
 from medusa.sampling import SamplingRows
 from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
 from medusa.tree import DeviceTree, RowTrees, Tree
@@ -72,16 +71,15 @@ class Decoder:
         graphs: bool | Capture = True,
     ) -> None:
         """`graphs` replays steps as CUDA graphs where the device has them; a function of `step_graphs` does it by that."""
-        if heads is None:
-            tree.check_fits(num_heads=0, vocab_size=backbone.vocab_size)
-        else:
-            check_tree(heads, tree)
+        tree.check_fits(
+            num_heads=heads.num_heads if heads else 0, vocab_size=heads.num_choices if heads else backbone.vocab_size
+        )
         device = backbone.device
         if device.type == "cpu":
             library()  # compiled now, if it must be, not in the first step
         self.backbone = backbone
         self.heads = heads
-        self.head_reader = backbone.lm_head_for(heads.vocabulary) if heads else backbone
+        self._proposer = None if heads is None else Proposer(heads, backbone)
         self.shape = tree
         self._trees: dict[int, DeviceTree | DeviceDynamicTree] = {}
         self._root_only = Tree.root_only().on(device)
@@ -232,17 +230,9 @@ class Decoder:
     def propose(self, batch: slice, tree: DeviceTree | DeviceDynamicTree) -> tuple[Tensor, RowTrees]:
         """Candidate tokens [B,N] of those sequences, the root first, and the trees that they stand in."""
         roots, hidden = self.roots[batch], self.hidden[batch]
-        if self.heads is None or tree.depth == 0:
+        if self._proposer is None or tree.depth == 0:
             return roots[:, None], self._root_only.rows(len(roots))
-        if isinstance(tree, DeviceTree) and self.heads.config.kind == "hydra":
-            return sequential_candidates(self.heads, tree, roots, hidden, self.head_reader), tree.rows(len(roots))
-        if isinstance(tree, DeviceTree):
-            best = self.heads.guesses(hidden, self.head_reader, num_ranks=tree.width, num_heads=tree.depth)
-            return static_candidates(tree, roots, best), tree.rows(len(roots))
-        best, log_probs = self.heads.weighed_guesses(
-            hidden, self.head_reader, num_ranks=tree.width, num_heads=tree.depth, temperatures=tree.temperatures
-        )
-        return dynamic_candidates(tree, roots, best, log_probs)
+        return self._proposer(tree, roots, hidden)
 
     def move(self, source: int, target: int) -> None:
         """Sequence in slot `source` goes on in slot `target`."""

@@ -1,16 +1,19 @@
-"""A tree for each context: the likeliest nodes of a large static one. Knows log-probabilities; knows no model and no text.
+"""A tree for each context: the likeliest nodes of a large one. Knows log-probabilities; knows no model and no text.
 
-    B sequences, S nodes of the superset, N nodes kept, K heads, R ranks, L depth
+    B sequences, S nodes to choose from, N nodes kept, K heads, R ranks, L depth
 
 A node's score is the sum of its heads' log-probabilities along its path, so it never exceeds its parent's: with ties
-given to the shallower node the best N are prefix-closed by themselves. N is fixed, and so is every shape. A static tree
-is the case in which N = S.
+given to the shallower node the best N are prefix-closed by themselves. N is fixed, and so is every shape. Plain heads
+choose from a static superset, and a static tree is the case in which N = S. Hydra heads, which must see a path before
+they go on from it, search for their S nodes from the root down (hydra.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from medusa.tree import DeviceTree, Path, RowTrees, Tree
 from medusa.tree_search import grow_paths
 
 SUPERSET_NODES = 257  # 256 paths and the root
+BEAM_NODES = 2  # hydra heads expand as many nodes as the static tree of so many times the nodes kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +73,32 @@ class DynamicTree:
             num_nodes=self.num_nodes,
             order=torch.tensor(order, device=device),
             temperatures=None if given is None else torch.tensor(given[: self.superset.depth], device=device),
+            beams=self.beams,
         )
+
+    @cached_property
+    def beams(self) -> tuple[Beam, ...]:
+        """How hydra heads search, for each depth that they reach."""
+        wide = self.superset.first(min(BEAM_NODES * self.num_nodes, self.superset.num_nodes))
+        return tuple(Beam(len(level.paths), level.width) for level in wide.levels)
+
+
+class Beam(NamedTuple):
+    """Of one depth: how many nodes a head is asked about, the likeliest, and how many children each of them gets."""
+
+    parents: int
+    ranks: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceDynamicTree:
-    """`order` [S] lists the superset's nodes, shallower ones first."""
+    """`order` [S] lists the superset's nodes, shallower ones first; `beams` as of a dynamic tree."""
 
     superset: DeviceTree
     num_nodes: int
     order: Tensor
     temperatures: Tensor | None
+    beams: tuple[Beam, ...]
 
     @property
     def depth(self) -> int:
@@ -100,31 +119,28 @@ def node_scores(tree: DeviceTree, log_probs: Tensor) -> Tensor:
     return scores
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """scores [B,S] → where the `count` highest stand [B,count], best first; of equals the first comes first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 def best_nodes(tree: DeviceDynamicTree, scores: Tensor) -> Tensor:
     """scores [B,S] → the N nodes with the highest [B,N], best first; of equals the shallower, then the lower.
 
     Where scores never rise along a path, parents stand before their children, and each beginning is prefix-closed.
     """
-    ranked = scores[:, tree.order].sort(dim=1, descending=True, stable=True).indices
-    return tree.order[ranked[:, : tree.num_nodes]]
+    return tree.order[highest(scores[:, tree.order], tree.num_nodes)]
 
 
-def rows_of(tree: DeviceTree, kept: Tensor) -> RowTrees:
-    """The trees that the kept nodes [B,N] of a superset make; they must be prefix-closed and parents before children."""
-    place = torch.full((kept.shape[0], tree.num_nodes + 1), -1, device=kept.device)
+def kept_rows(kept: Tensor, *, depths: Tensor, parents: Tensor, depth: int) -> RowTrees:
+    """The trees that the kept nodes [B,N] make of S nodes with `depths` and `parents` [B,S], −1 for the root's.
+
+    The kept must be prefix-closed, parents before children.
+    """
+    place = torch.full((len(kept), parents.shape[1] + 1), -1, device=kept.device)  # the last column: of no node
     place.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
-
-    def renumber(nodes: Tensor) -> Tensor:
-        """Nodes of the superset [B,…], −1 for none, as places among the kept: the last column of `place` is −1."""
-        return place.gather(1, nodes.flatten(1) % place.shape[1]).view_as(nodes)
-
-    return RowTrees(
-        depths=tree.depths[kept],
-        parents=renumber(tree.parents[kept]),
-        node_paths=renumber(tree.node_paths[kept]),
-        ancestor_mask=tree.ancestor_mask[kept[:, :, None], kept[:, None, :]],
-        depth=tree.depth,
-    )
+    above = parents.gather(1, kept) % place.shape[1]
+    return RowTrees.linked(depths=depths.gather(1, kept), parents=place.gather(1, above), depth=depth)
 
 
 def dynamic_candidates(
@@ -136,7 +152,8 @@ def dynamic_candidates(
     below = kept[:, 1:]
     batch = torch.arange(len(root), device=root.device)[:, None]
     tokens = torch.cat([root[:, None], best[batch, superset.depths[below] - 1, superset.ranks[below]]], dim=1)
-    return tokens, rows_of(superset, kept)
+    rows = superset.rows(len(root))
+    return tokens, kept_rows(kept, depths=rows.depths, parents=rows.parents, depth=superset.depth)
 
 
 def superset_tree(accuracy: Sequence[Sequence[float]] | None, paths: Sequence[Path]) -> Tree:

@@ -21,7 +21,6 @@ from medusa.engine import Completion, Engine, Request, Stats, check_request
 from medusa.errors import PromptError
 from medusa.grammar_masks import Guide
 from medusa.heads import MedusaHeads
-from medusa.hydra import check_tree
 from medusa.logprobs import TokenLogprob
 from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
@@ -158,7 +157,7 @@ class Model:
                 raise ValueError("a tree needs Medusa heads; load the model with heads, or leave the tree out")
             return Tree.root_only()
         chosen = self._choose(tree)
-        check_tree(self.heads, chosen)
+        chosen.check_fits(num_heads=self.heads.num_heads, vocab_size=self.heads.num_choices)
         return chosen
 
     def _choose(self, tree: TreeChoice) -> Tree | DynamicTree:

@@ -243,26 +243,19 @@ class MedusaHeads(nn.Module):
         """
         return ranked_tokens(self.logits(hidden, lm_head, num_heads, path=path), num_ranks, self.vocabulary)
 
-    def weighed_guesses(
-        self,
-        hidden: Tensor,
-        lm_head: LmHead,
-        *,
-        num_ranks: int,
-        num_heads: int | None = None,
-        temperatures: Tensor | None = None,
+    def weighed_tokens(
+        self, logits: Tensor, num_ranks: int, temperatures: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `guesses`, with what the heads think of each: tokens [...,K,R] and their log-probabilities [...,K,R].
+        """Heads' logits [...,V] → their best tokens [...,R] and what the heads think of each, log-probabilities [...,R].
 
-        `temperatures` [K] divide the heads' logits first; the order of the guesses does not change with them.
+        `temperatures` divide the logits first; the order of the tokens does not change with them.
         """
-        logits = self.logits(hidden, lm_head, num_heads)
         places = ranked_places(logits, num_ranks)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperatures is not None:
-            wide = wide / temperatures.to(wide.dtype)[:, None]
-        log_probs = wide.gather(-1, places) - wide.logsumexp(dim=-1, keepdim=True)
-        return places if self.vocabulary is None else self.vocabulary[places], log_probs.clamp_max(0)
+            wide = wide / temperatures.to(wide.dtype)
+        log_probs = (wide.gather(-1, places) - wide.logsumexp(dim=-1, keepdim=True)).clamp_max(0)
+        return places if self.vocabulary is None else self.vocabulary[places], log_probs
 
     def forward(self, hidden: Tensor, path: Tensor | None = None) -> Tensor:
         return self.features(hidden, path=path)

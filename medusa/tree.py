@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Path = tuple[int, ...]
@@ -154,8 +155,13 @@ class Tree:
             ancestor_mask=self.ancestor_mask.to(device),
             depth=self.depth,
             width=self.width,
-            levels=tuple(self._level(depth).on(device) for depth in range(self.depth)),
+            levels=tuple(level.on(device) for level in self.levels),
         )
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """What is filled from each depth, from the root down."""
+        return tuple(self._level(depth) for depth in range(self.depth))
 
     def _level(self, depth: int) -> Level:
         children = [node for node in range(self.num_nodes) if self.depths[node] == depth + 1]
@@ -229,6 +235,24 @@ class RowTrees:
     node_paths: Tensor
     ancestor_mask: Tensor
     depth: int
+
+    @classmethod
+    def linked(cls, *, depths: Tensor, parents: Tensor, depth: int) -> RowTrees:
+        """The trees that these parents [B,N] make, whose nodes lie at `depths` [B,N], at most `depth`."""
+        nodes = torch.arange(depths.shape[1], device=depths.device)
+        above = F.pad(parents, (0, 1), value=-1)  # the last column: what stands above no node
+        line = [nodes.expand_as(parents)]
+        for _ in range(depth):
+            line.append(above.gather(1, line[-1] % above.shape[1]))
+        up = torch.stack(line, dim=-1)  # [B,N,L+1]: the node, its parent, …, −1 above the root
+        slot = depths[..., None] - torch.arange(depth + 1, device=depths.device)
+        return cls(
+            depths=depths,
+            parents=parents,
+            node_paths=torch.where(slot >= 0, up.gather(2, slot.clamp_min(0)), -1),
+            ancestor_mask=(up[..., None] == nodes).any(dim=2),
+            depth=depth,
+        )
 
     @property
     def num_nodes(self) -> int:

@@ -1,4 +1,5 @@
-/* A decoding step of the Llama family on a CPU: products, norms, rotary embedding, cache and tree attention.
+/* A decoding step of the Llama family on a CPU: products, norms, rotary embedding, cache and tree attention; and what Medusa
+   heads guess for it.
 
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
@@ -99,6 +100,52 @@ typedef struct {
     char *work;    /* medusa_work_bytes of it */
     int64_t threads;
 } Step;
+
+typedef struct {
+    const Weight *blocks; /* [layers]; the first reads [hidden; num_read embeddings of the path] */
+    const float *biases;  /* [layers][D] */
+    int64_t num_read;
+} Head;
+
+typedef struct {
+    const Head *heads;
+    int64_t num_layers, hidden;
+    Weight lm_head;
+    const int64_t *vocabulary;  /* ids of the tokens that lm_head scores; NULL: all, in order */
+    const void *embeddings;     /* [tokens][D] */
+    int64_t embeddings_in_half; /* bfloat16, or float32? */
+} Heads;
+
+/* Heads first, first + 1, … guess what follows in each row. */
+typedef struct {
+    int64_t first, count, rows, ranks;
+    int64_t rows_each;    /* rows of one hidden state */
+    const float *hidden;  /* [rows / rows_each][D] */
+    const int64_t *path;  /* [rows][num_read] token ids, for a head that reads them */
+    const float *temperatures; /* [count]; NULL: 1 */
+    int64_t *tokens;      /* [count][rows][ranks], out, best first */
+    float *log_probs;     /* the same, or NULL where nobody asks */
+} Guess;
+
+/* Of one depth of a tree, how many nodes are gone on from and how many tokens a head guesses for each. */
+typedef struct {
+    int64_t parents, ranks;
+    /* of a static tree: those nodes' paths [parents][depth + 1] and, child by child, its node, its parent's place, its rank */
+    const int64_t *paths, *children, *places, *child_ranks;
+    int64_t num_children;
+} Level;
+
+/* Trees of N nodes for B sequences, level by level: static ones, or the likeliest nodes that a beam sees. */
+typedef struct {
+    int64_t batch, num_nodes, num_levels;
+    const Level *levels;
+    const float *hidden; /* [B][D] */
+    const int64_t *roots;
+    const float *temperatures; /* [levels], or NULL */
+    int64_t *tokens; /* [B][N] out; of a beam also what follows, NULL of a static tree */
+    int64_t *depths, *parents, *node_paths; /* [B][N], [B][N], [B][N][levels + 1] */
+    uint8_t *visible;                       /* [B][N][N] */
+} Search;
 
 /* --- vectors ------------------------------------------------------------------------------------------------------ */
 
@@ -490,14 +537,20 @@ static void gated(const Layer *layer, const float *x, int64_t rows, float *y, ch
 
 /* --- the rest of a layer ------------------------------------------------------------------------------------------ */
 
-static void norm(const float *x, const float *weight, float eps, int64_t size, float *y)
+/* One over the root mean square of x. */
+static float inverse_rms(const float *x, float eps, int64_t size)
 {
     Floats squares = {0};
     float tail = 0;
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
     for (int64_t j = i; j < size; j++) tail += x[j] * x[j];
-    const float sum = sums(squares, squares, squares, squares)[0] + tail, scale = 1.0f / sqrtf(sum / (float)size + eps);
+    return 1.0f / sqrtf((sums(squares, squares, squares, squares)[0] + tail) / (float)size + eps);
+}
+
+static void norm(const float *x, const float *weight, float eps, int64_t size, float *y)
+{
+    const float scale = inverse_rms(x, eps, size);
     for (int64_t j = 0; j < size; j++) y[j] = x[j] * scale * weight[j];
 }
 
@@ -751,6 +804,101 @@ static void attention(const Model *m, const Step *s, const uint16_t *cache, cons
     if (side == SIDE) tiles_off();
 }
 
+/* --- what heads guess --------------------------------------------------------------------------------------------- */
+
+static float largest_of(const float *x, int64_t size)
+{
+    float largest = x[0];
+    int64_t i = 0;
+    if (size >= LANES) {
+        Floats most = load(x);
+        for (i = LANES; i + LANES <= size; i += LANES) most = choose(load(x + i) > most, load(x + i), most);
+        for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
+    }
+    for (; i < size; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+/* The `ranks` largest of x [size], best first, of equals the first: their places and values. */
+static void best_of(const float *x, int64_t size, int64_t ranks, int64_t *places, float *values)
+{
+    enum { SOME = 4 * LANES };
+    for (int64_t from = 0; from < size; from += SOME) {
+        const int64_t end = from + SOME < size ? from + SOME : size;
+        if (from >= ranks && !(largest_of(x + from, end - from) > values[ranks - 1])) continue;
+        for (int64_t i = from; i < end; i++) {
+            if (i >= ranks && !(x[i] > values[ranks - 1])) continue;
+            int64_t r = i < ranks ? i : ranks - 1;
+            for (; r > 0 && x[i] > values[r - 1]; r--) places[r] = places[r - 1], values[r] = values[r - 1];
+            places[r] = i, values[r] = x[i];
+        }
+    }
+}
+
+/* The logarithm of the sum of e^((x - most) / temperature) over x [size]. */
+static float log_sum(const float *x, int64_t size, float most, float temperature)
+{
+    const float slope = 1.0f / temperature;
+    Floats sum = {0};
+    float tail = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sum += exponential((load(x + i) - most) * slope);
+    for (; i < size; i++) tail += expf((x[i] - most) * slope);
+    return logf(sums(sum, sum, sum, sum)[0] + tail);
+}
+
+/* The nearest bfloat16, of two equally near ones the even one. */
+INLINE float rounded_to_half(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
+/* What a head reads for a row: the hidden state, then the path's embeddings, scaled to unit mean square and, of embeddings in
+   bfloat16, rounded to it as PyTorch has it. */
+static void read_row(const Heads *h, const Guess *g, int64_t num_read, int64_t row, float *to)
+{
+    const int64_t size = h->hidden;
+    memcpy(to, g->hidden + row / g->rows_each * size, (size_t)size * sizeof(float));
+    for (int64_t j = 0; j < num_read; j++) {
+        const int64_t at = g->path[row * num_read + j] * size;
+        to += size;
+        if (h->embeddings_in_half)
+            for (int64_t i = 0; i < size; i++) {
+                const uint32_t bits = (uint32_t)((const uint16_t *)h->embeddings)[at + i] << 16;
+                memcpy(to + i, &bits, sizeof bits);
+            }
+        else
+            memcpy(to, (const float *)h->embeddings + at, (size_t)size * sizeof(float));
+        const float scale = inverse_rms(to, 1.1920929e-7f, size);
+        for (int64_t i = 0; i < size; i++) to[i] = h->embeddings_in_half ? rounded_to_half(to[i] * scale) : to[i] * scale;
+    }
+}
+
+/* y [rows][D] = x + SiLU(bump + bias), x the hidden states before the first block and y after it; this thread's rows. */
+static void bumps(const Heads *h, const Guess *g, int64_t layer, const float *bias, const float *bump, float *y, int64_t thread,
+                  int64_t threads)
+{
+    const int64_t size = h->hidden;
+    int64_t row, last;
+    share(g->rows, thread, threads, &row, &last);
+    for (; row < last; row++) {
+        const float *x = layer ? y + row * size : g->hidden + row / g->rows_each * size;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            const Floats b = load(bump + row * size + i) + load(bias + i);
+            store(y + row * size + i, load(x + i) + b / (1.0f + exponential(-b)));
+        }
+        for (; i < size; i++) {
+            const float b = bump[row * size + i] + bias[i];
+            y[row * size + i] = x[i] + b / (1.0f + expf(-b));
+        }
+    }
+}
+
 /* --- what Python calls -------------------------------------------------------------------------------------------- */
 
 static int64_t longest(const Step *s)
@@ -857,6 +1005,222 @@ void medusa_argmax(const float *x, int64_t size, const int64_t *which, int64_t c
 {
 #pragma omp parallel for num_threads((int)(threads < count ? threads : count)) if (count > 1)
     for (int64_t i = 0; i < count; i++) places[i] = place_of_largest(x + which[i] * size, size);
+}
+
+/* Where things lie in the work of guesses, in bytes from its start. */
+typedef struct {
+    int64_t read, bump, features, logits, values, bands, end;
+} GuessPlan;
+
+static GuessPlan guess_plan(const Heads *h, const Guess *g)
+{
+    const int64_t all = g->count * g->rows, wide = (1 + h->heads[g->first + g->count - 1].num_read) * h->hidden;
+    const int64_t in_blocks = bands_bytes(h->heads->blocks, g->rows, wide), in_lm_head = bands_bytes(&h->lm_head, all, h->hidden);
+    GuessPlan p = {.bump = upward(g->rows * wide * 4, LINE)}; /* later heads read more */
+    p.features = p.bump + upward(g->rows * h->hidden * 4, LINE);
+    p.logits = p.features + upward(all * h->hidden * 4, LINE);
+    p.values = p.logits + upward(all * h->lm_head.outputs * 4, LINE);
+    p.bands = p.values + upward(all * g->ranks * 4, LINE);
+    p.end = p.bands + (in_blocks > in_lm_head ? in_blocks : in_lm_head);
+    return p;
+}
+
+/* All threads together. */
+static void guess(const Heads *h, const Guess *g, char *work, int64_t thread, int64_t threads)
+{
+    const int64_t rows = g->rows, all = g->count * rows, size = h->hidden, choices = h->lm_head.outputs;
+    const GuessPlan p = guess_plan(h, g);
+    float *read = (float *)(work + p.read), *bump = (float *)(work + p.bump), *features = (float *)(work + p.features);
+    float *logits = (float *)(work + p.logits), *values = (float *)(work + p.values);
+    char *bands = work + p.bands;
+    int64_t row, last;
+    for (int64_t k = 0; k < g->count; k++) {
+        const Head *head = h->heads + g->first + k;
+        float *own = features + k * rows * size;
+        share(rows, thread, threads, &row, &last);
+        for (; row < last; row++) read_row(h, g, head->num_read, row, read + row * (1 + head->num_read) * size);
+        for (int64_t layer = 0; layer < h->num_layers; layer++) {
+#pragma omp barrier
+            product(head->blocks + layer, layer ? own : read, rows, bump, 0, bands, thread, threads);
+#pragma omp barrier
+            bumps(h, g, layer, head->biases + layer * size, bump, own, thread, threads);
+        }
+#pragma omp barrier
+    }
+    product(&h->lm_head, features, all, logits, 0, bands, thread, threads);
+#pragma omp barrier
+    share(all, thread, threads, &row, &last);
+    for (; row < last; row++) {
+        const float *x = logits + row * choices, heat = g->temperatures ? g->temperatures[row / rows] : 1.0f;
+        int64_t *places = g->tokens + row * g->ranks;
+        float *best = values + row * g->ranks;
+        best_of(x, choices, g->ranks, places, best);
+        if (g->log_probs) {
+            const float most = best[0], total = log_sum(x, choices, most, heat);
+            for (int64_t r = 0; r < g->ranks; r++) g->log_probs[row * g->ranks + r] = fminf((best[r] - most) / heat - total, 0);
+        }
+        if (h->vocabulary)
+            for (int64_t r = 0; r < g->ranks; r++) places[r] = h->vocabulary[places[r]];
+    }
+#pragma omp barrier
+}
+
+/* Bytes of work, which begins on a cache line. */
+int64_t medusa_guess_bytes(const Heads *h, const Guess *g) { return guess_plan(h, g).end; }
+
+void medusa_guess(const Heads *h, const Guess *g, char *work, int64_t threads)
+{
+#pragma omp parallel num_threads((int)threads)
+    {
+#ifdef _OPENMP
+        guess(h, g, work, omp_get_thread_num(), omp_get_num_threads());
+#else
+        guess(h, g, work, 0, 1);
+#endif
+    }
+}
+
+/* Where things lie in a search's work: paths and guesses of a level; of a beam, all nodes that it saw. */
+typedef struct {
+    int64_t path, guessed, weighed, tokens, parents, depths, scores, front, values, guess, end;
+    int64_t seen; /* nodes that a beam sees */
+} SearchPlan;
+
+static Guess level_guess(const Search *s, int64_t level)
+{
+    return (Guess){.first = level, .count = 1, .rows = s->batch * s->levels[level].parents, .ranks = s->levels[level].ranks,
+                   .rows_each = s->levels[level].parents, .hidden = s->hidden,
+                   .temperatures = s->temperatures ? s->temperatures + level : NULL};
+}
+
+static SearchPlan search_plan(const Heads *h, const Search *s)
+{
+    SearchPlan p = {.seen = 1};
+    int64_t rows = 0, guesses = 0, work = 0;
+    for (int64_t level = 0; level < s->num_levels; level++) {
+        const Guess g = level_guess(s, level);
+        const int64_t need = guess_plan(h, &g).end;
+        p.seen += g.rows_each * g.ranks;
+        rows = g.rows > rows ? g.rows : rows;
+        guesses = g.rows * g.ranks > guesses ? g.rows * g.ranks : guesses;
+        work = need > work ? need : work;
+    }
+    const int64_t all = s->depths ? s->batch * p.seen : 0;
+    p.guessed = p.path + upward(rows * s->num_levels * 8, LINE);
+    p.weighed = p.guessed + upward(guesses * 8, LINE);
+    p.tokens = p.weighed + upward(guesses * 4, LINE);
+    p.parents = p.tokens + upward(all * 8, LINE);
+    p.depths = p.parents + upward(all * 8, LINE);
+    p.front = p.depths + upward(all * 8, LINE);
+    p.scores = p.front + upward(all * 8, LINE);
+    p.values = p.scores + upward(all * 4, LINE);
+    p.guess = p.values + upward(all * 4, LINE);
+    p.end = p.guess + work;
+    return p;
+}
+
+/* The nodes that a beam saw for one sequence. `front` are those gone on from and, at last, those kept, `values` theirs. */
+typedef struct {
+    int64_t *tokens, *parents, *depths, *front;
+    float *scores, *values;
+} Seen;
+
+static Seen seen_by_beam(const SearchPlan *p, char *work, int64_t b)
+{
+    const int64_t at = b * p->seen;
+    return (Seen){.tokens = (int64_t *)(work + p->tokens) + at, .parents = (int64_t *)(work + p->parents) + at,
+                  .depths = (int64_t *)(work + p->depths) + at, .front = (int64_t *)(work + p->front) + at,
+                  .scores = (float *)(work + p->scores) + at, .values = (float *)(work + p->values) + at};
+}
+
+/* The tree of the likeliest of all nodes seen. No score exceeds its parent's and parents come first, so it is one. */
+static void keep_best(const Search *s, int64_t seen, const Seen *n, int64_t b)
+{
+    const int64_t kept = s->num_nodes, slots = s->num_levels + 1;
+    int64_t *tokens = s->tokens + b * kept, *depths = s->depths + b * kept, *parents = s->parents + b * kept;
+    uint8_t *visible = s->visible + b * kept * kept;
+    best_of(n->scores, seen, kept, n->front, n->values);
+    memset(visible, 0, (size_t)(kept * kept));
+    for (int64_t i = 0; i < kept; i++) {
+        const int64_t node = n->front[i];
+        int64_t *path = s->node_paths + (b * kept + i) * slots, above = 0;
+        tokens[i] = n->tokens[node], depths[i] = n->depths[node];
+        parents[i] = -1;
+        while (depths[i] && n->front[above] != n->parents[node]) above++;
+        for (int64_t slot = 0; slot < slots; slot++) path[slot] = -1;
+        if (depths[i]) {
+            parents[i] = above;
+            memcpy(path, s->node_paths + (b * kept + above) * slots, (size_t)slots * sizeof(int64_t));
+        }
+        path[depths[i]] = i;
+        for (int64_t slot = 0; slot <= depths[i]; slot++) visible[i * kept + path[slot]] = 1;
+    }
+}
+
+/* All threads together; each keeps to its own sequences between guesses. */
+static void search(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
+{
+    const SearchPlan p = search_plan(h, s);
+    int64_t *path = (int64_t *)(work + p.path), first, last, num_seen = 1, level_start = 0;
+    share(s->batch, thread, threads, &first, &last);
+    for (int64_t b = first; b < last; b++) {
+        if (s->depths) {
+            const Seen n = seen_by_beam(&p, work, b);
+            n.tokens[0] = s->roots[b], n.parents[0] = -1, n.depths[0] = 0, n.scores[0] = 0;
+        } else s->tokens[b * s->num_nodes] = s->roots[b];
+    }
+    for (int64_t i = 0; i < s->num_levels; i++) {
+        const Level *level = s->levels + i;
+        Guess g = level_guess(s, i);
+        g.path = path, g.tokens = (int64_t *)(work + p.guessed), g.log_probs = s->depths ? (float *)(work + p.weighed) : NULL;
+        for (int64_t b = first; b < last; b++)
+            if (s->depths) {
+                const Seen n = seen_by_beam(&p, work, b);
+                best_of(n.scores + level_start, num_seen - level_start, level->parents, n.front, n.values);
+                for (int64_t f = 0; f < level->parents; f++) {
+                    int64_t node = n.front[f] += level_start, *own = path + (b * level->parents + f) * (i + 1);
+                    for (int64_t j = i; j >= 0; j--, node = n.parents[node]) own[j] = n.tokens[node];
+                }
+            } else
+                for (int64_t j = 0; j < level->parents * (i + 1); j++)
+                    path[b * level->parents * (i + 1) + j] = s->tokens[b * s->num_nodes + level->paths[j]];
+#pragma omp barrier
+        guess(h, &g, work + p.guess, thread, threads);
+        for (int64_t b = first; b < last; b++) {
+            const int64_t at = b * level->parents * level->ranks;
+            if (s->depths) {
+                const Seen n = seen_by_beam(&p, work, b);
+                for (int64_t c = 0; c < level->parents * level->ranks; c++) {
+                    const int64_t node = num_seen + c, parent = n.front[c / level->ranks];
+                    n.tokens[node] = g.tokens[at + c], n.parents[node] = parent, n.depths[node] = i + 1;
+                    n.scores[node] = n.scores[parent] + g.log_probs[at + c];
+                }
+            } else
+                for (int64_t c = 0; c < level->num_children; c++)
+                    s->tokens[b * s->num_nodes + level->children[c]] =
+                        g.tokens[at + level->places[c] * level->ranks + level->child_ranks[c]];
+        }
+        level_start = num_seen, num_seen += level->parents * level->ranks;
+    }
+    for (int64_t b = first; s->depths && b < last; b++) {
+        const Seen n = seen_by_beam(&p, work, b);
+        keep_best(s, num_seen, &n, b);
+    }
+}
+
+/* Bytes of work, which begins on a cache line. */
+int64_t medusa_search_bytes(const Heads *h, const Search *s) { return search_plan(h, s).end; }
+
+void medusa_search(const Heads *h, const Search *s, char *work, int64_t threads)
+{
+#pragma omp parallel num_threads((int)threads)
+    {
+#ifdef _OPENMP
+        search(h, s, work, omp_get_thread_num(), omp_get_num_threads());
+#else
+        search(h, s, work, 0, 1);
+#endif
+    }
 }
 
 void medusa_layers(const Model *m, const Step *s)

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medusa.config import SamplingParams
-from medusa.dynamic_tree import DynamicTree, best_nodes, node_scores, rows_of, superset_tree
+from medusa.dynamic_tree import DynamicTree, best_nodes, kept_rows, node_scores, superset_tree
 from medusa.engine import Engine, Request
-from medusa.tree import Tree
+from medusa.tree import DeviceTree, RowTrees, Tree
 from tests.unit.medusa.test_decoder import backbone_of, decode, plain_continuation, prompt_of
 from tests.unit.medusa.tiny import NUM_HEADS, random_heads, trees
 
@@ -27,6 +27,11 @@ scores_of = st.lists(
 
 def table(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).view(NUM_HEADS, RANKS)
+
+
+def rows_of(tree: DeviceTree, kept: torch.Tensor) -> RowTrees:
+    rows = tree.rows(len(kept))
+    return kept_rows(kept, depths=rows.depths, parents=rows.parents, depth=tree.depth)
 
 
 def brute_force(tree: Tree, log_probs: torch.Tensor, num_nodes: int) -> list[int]:
@@ -50,6 +55,15 @@ def test_the_best_nodes_are_those_of_brute_force_and_always_a_tree(
         for length in {1, num_nodes // 2 + 1, num_nodes}:
             paths = [tree.paths[node] for node in nodes[:length]]
             assert Tree.from_paths(paths).num_nodes == length, "each beginning is prefix-closed and holds the root"
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees(max_nodes=30))
+def test_trees_linked_by_their_parents_are_those_of_the_paths(tree: Tree) -> None:
+    want = tree.on(CPU).rows(2)
+    found = RowTrees.linked(depths=want.depths, parents=want.parents, depth=tree.depth)
+    for name in ("depths", "parents", "node_paths", "ancestor_mask"):
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
 
 
 @settings(max_examples=40, deadline=None)
@@ -148,12 +162,12 @@ def test_guesses_are_weighed_by_the_heads_own_softmax() -> None:
     for vocabulary in (None, some):
         heads = random_heads(backbone, vocabulary=vocabulary).double()
         reader, hidden = backbone.lm_head_for(vocabulary), torch.randn(3, backbone.hidden_size, dtype=torch.float64)
-        heat = torch.tensor([0.5, 2.0], dtype=torch.float64)
-        tokens, log_probs = heads.weighed_guesses(hidden, reader, num_ranks=4, num_heads=2, temperatures=heat)
+        heat = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+        logits = heads.logits(hidden, reader, 2)
+        tokens, log_probs = heads.weighed_tokens(logits, 4, heat)
         assert torch.equal(tokens, heads.guesses(hidden, reader, num_ranks=4, num_heads=2))
-        probs = torch.softmax(heads.logits(hidden, reader, 2) / heat[:, None], dim=-1)
         places = tokens if vocabulary is None else torch.searchsorted(vocabulary, tokens)
-        torch.testing.assert_close(log_probs.exp(), probs.gather(-1, places))
+        torch.testing.assert_close(log_probs.exp(), torch.softmax(logits / heat, dim=-1).gather(-1, places))
 
 
 def test_the_superset_is_grown_from_accuracies_or_is_what_paths_there_are() -> None:

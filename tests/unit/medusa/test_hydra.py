@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,14 +19,12 @@ from medusa.backbone import Backbone
 from medusa.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, save_checkpoint
 from medusa.confidence import fit_temperatures
 from medusa.config import HeadsConfig, SamplingParams
-from medusa.decoder import Decoder
-from medusa.dynamic_tree import DynamicTree
+from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree
 from medusa.engine import Engine, Request
 from medusa.errors import CheckpointError
 from medusa.formats import export_heads
-from medusa.generate import Model
-from medusa.heads import LmHead, MedusaHeads
-from medusa.hydra import sequential_candidates
+from medusa.heads import MedusaHeads
+from medusa.hydra import searched_candidates, sequential_candidates
 from medusa.losses import IGNORE, head_targets, medusa1_loss, true_path
 from medusa.replay import guessed_ranks, num_steps
 from medusa.tree import Path as TreePath
@@ -76,9 +74,9 @@ def test_each_node_carries_what_its_head_says_after_its_own_path(
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, DOUBLE.hidden_size, generator=generator, dtype=torch.float64)
     roots = torch.randint(0, VOCAB, (batch,), generator=generator)
-    lm_head: LmHead = DOUBLE.lm_head_for(some)
+    reader = DOUBLE.lm_head_for(some)
     with torch.inference_mode():
-        tokens = sequential_candidates(heads, tree.on(DOUBLE.device), roots, hidden, lm_head)
+        tokens = sequential_candidates(heads, tree.on(DOUBLE.device), roots, hidden, reader)
     assert tokens[:, 0].tolist() == roots.tolist()
     for row, (node, path) in itertools.product(range(batch), enumerate(tree.paths[1:], start=1)):
         before = [int(tokens[row, named(tree, path[:depth])]) for depth in range(len(path))]
@@ -86,6 +84,80 @@ def test_each_node_carries_what_its_head_says_after_its_own_path(
             order = alone(heads, DOUBLE, hidden[row], before).argsort(descending=True).tolist()
         ranked = order if some is None else [token for token in order if token in some.tolist()]
         assert tokens[row, node] == ranked[path[-1]]
+
+
+def searched_by_hand(
+    heads: MedusaHeads, hidden: Tensor, root: int, tree: DynamicTree, some: Tensor | None
+) -> list[tuple[float, list[int]]]:
+    """All nodes that a beam sees, with their scores and tokens from the root on: a list for each depth, in their order."""
+    nodes = level = [(0.0, [root])]
+    for head, (num_parents, ranks) in enumerate(tree.beams):
+        children = []
+        for score, tokens in sorted(level, key=lambda node: -node[0])[:num_parents]:
+            logits = alone(heads, DOUBLE, hidden, tokens) / (tree.temperatures or (1.0,) * NUM_HEADS)[head]
+            log_probs = (logits if some is None else logits[some]).log_softmax(-1)
+            for place in log_probs.argsort(descending=True)[:ranks].tolist():
+                token = place if some is None else int(some[place])
+                children.append((score + float(log_probs[place]), [*tokens, token]))
+        nodes, level = nodes + children, children
+    return nodes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    superset=trees(width=len(SOME), max_nodes=30),
+    batch=st.integers(1, 3),
+    reader=st.sampled_from(["shared", "own", "some tokens"]),
+    temperatures=st.sampled_from([None, (0.5, 1.0, 2.0)]),
+    data=st.data(),
+    seed=st.integers(0, 1000),
+)
+def test_a_dynamic_tree_is_the_best_of_what_a_search_by_hand_sees(
+    superset: Tree, batch: int, reader: str, temperatures: tuple[float, ...] | None, data: st.DataObject, seed: int
+) -> None:
+    assume(superset.num_nodes > 1)
+    tree = DynamicTree(
+        superset=superset, num_nodes=data.draw(st.integers(2, superset.num_nodes)), temperatures=temperatures
+    )
+    some = SOME if reader == "some tokens" else None
+    heads = random_heads(
+        DOUBLE, lm_heads="own" if reader == "own" else "shared", vocabulary=some, kind="hydra", seed=seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, DOUBLE.hidden_size, generator=generator, dtype=torch.float64)
+    roots = torch.randint(0, VOCAB, (batch,), generator=generator)
+    on_device = tree.on(DOUBLE.device)
+    assert isinstance(on_device, DeviceDynamicTree)
+    with torch.inference_mode():
+        tokens, rows = searched_candidates(heads, on_device, roots, hidden, DOUBLE.lm_head_for(some))
+        for row in range(batch):
+            nodes = searched_by_hand(heads, hidden[row], int(roots[row]), tree, some)
+            best = sorted(nodes, key=lambda node: -node[0])[: tree.num_nodes]
+            paths = [path for _, path in best]
+            ours = [tokens[row, [n for n in line if n >= 0]].tolist() for line in rows.node_paths[row].tolist()]
+            assert ours == paths
+            assert rows.depths[row].tolist() == [len(path) - 1 for path in paths]
+            places = [(paths.index(path[:-1]) if len(path) > 1 else -1) for path in paths]
+            assert rows.parents[row].tolist() == places
+
+
+def test_a_search_that_leaves_nothing_out_finds_the_likeliest_of_all_paths() -> None:
+    """Where the superset is at most twice as large as the tree every node goes on, as it does in the whole tree by hand."""
+    heads, hidden = random_heads(DOUBLE, kind="hydra"), torch.randn(1, DOUBLE.hidden_size, dtype=torch.float64)
+    tree = DynamicTree(superset=Tree.full([3, 3, 3]), num_nodes=20)
+    everything = [(0.0, [3])]
+    for score, path in everything:
+        if len(path) <= NUM_HEADS:
+            with torch.no_grad():
+                log_probs = alone(heads, DOUBLE, hidden[0], path).log_softmax(-1)
+            best = log_probs.argsort(descending=True)[:3].tolist()
+            everything += [(score + float(log_probs[token]), [*path, token]) for token in best]
+    on_device = tree.on(DOUBLE.device)
+    assert isinstance(on_device, DeviceDynamicTree)
+    with torch.inference_mode():
+        tokens, rows = searched_candidates(heads, on_device, torch.tensor([3]), hidden, DOUBLE)
+    ours = [tokens[0, [n for n in line if n >= 0]].tolist() for line in rows.node_paths[0].tolist()]
+    assert ours == [path for _, path in sorted(everything, key=lambda node: -node[0])[:20]]
 
 
 def test_siblings_subtrees_differ_so_the_law_above_is_no_accident() -> None:
@@ -123,14 +195,24 @@ def requests(params: list[SamplingParams]) -> list[Request]:
     ]
 
 
-def answers(heads: MedusaHeads | None, tree: Tree, params: list[SamplingParams], batch: int) -> dict[str, list[int]]:
+def answers(
+    heads: MedusaHeads | None, tree: Tree | DynamicTree, params: list[SamplingParams], batch: int
+) -> dict[str, list[int]]:
     engine = Engine(DOUBLE, heads, tree=tree, max_batch_size=batch, context_length=64)
     return {done.request_id: done.token_ids for done in engine.run(requests(params))}
 
 
 @settings(max_examples=8, deadline=None)
-@given(tree=trees(), temperature=st.sampled_from([0.0, 0.8, 1.3]), seed=st.integers(0, 1000), batch=st.integers(1, 4))
-def test_an_answer_does_not_depend_on_hydra_heads(tree: Tree, temperature: float, seed: int, batch: int) -> None:
+@given(
+    tree=trees(),
+    dynamic=st.booleans(),
+    temperature=st.sampled_from([0.0, 0.8, 1.3]),
+    seed=st.integers(0, 1000),
+    batch=st.integers(1, 4),
+)
+def test_an_answer_does_not_depend_on_hydra_heads(
+    tree: Tree, dynamic: bool, temperature: float, seed: int, batch: int
+) -> None:
     """Greedy and rejection acceptance, through the engine, beside plain decoding of each request by itself."""
     params = [
         SamplingParams(max_tokens=14, temperature=temperature, acceptance="rejection", seed=seed, choice=i,
@@ -139,16 +221,20 @@ def test_an_answer_does_not_depend_on_hydra_heads(tree: Tree, temperature: float
     ]  # fmt: skip
     plain = [replace(one, tree_nodes=1) for one in params]
     heads = random_heads(DOUBLE, kind="hydra", vocabulary=SOME if tree.width <= len(SOME) else None)
-    assert answers(heads, tree, params, batch) == answers(None, Tree.root_only(), plain, 1)
+    shape = DynamicTree(superset=tree, num_nodes=tree.num_nodes // 2 + 1) if dynamic else tree
+    assert answers(heads, shape, params, batch) == answers(None, Tree.root_only(), plain, 1)
 
 
-def test_recorded_steps_say_what_eager_ones_say() -> None:
+@pytest.mark.parametrize(
+    "tree", [Tree.full([4, 3, 2]), DynamicTree(superset=Tree.full([4, 3, 2]), num_nodes=12)], ids=str
+)
+def test_recorded_steps_say_what_eager_ones_say(tree: Tree | DynamicTree) -> None:
     """A graph of the sequential levels is one of tensors alone: see test_step_graphs.py."""
     heads = random_heads(DOUBLE, kind="hydra", vocabulary=SOME)
     params = [SamplingParams(max_tokens=n, ignore_eos=True, seed=n, temperature=0.7 * (n % 2), acceptance="rejection")
               for n in (9, 14, 20, 5)]  # fmt: skip
     found = [
-        Engine(DOUBLE, heads, tree=Tree.full([4, 3, 2]), max_batch_size=2, context_length=64, graphs=graphs)
+        Engine(DOUBLE, heads, tree=tree, max_batch_size=2, context_length=64, graphs=graphs)
         for graphs in (record, False)
     ]
     recorded, eager = ({one.request_id: one.token_ids for one in engine.run(requests(params))} for engine in found)
@@ -259,14 +345,9 @@ def test_a_block_of_another_width_than_its_heads_is_refused(tmp_path: Path) -> N
 
 def test_what_hydra_heads_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     heads = random_heads(SINGLE, kind="hydra")
-    dynamic = DynamicTree(superset=Tree.full([3, 2]), num_nodes=4)
-    with pytest.raises(ValueError, match=r"dynamic tree of 4.*use a static tree"):
-        Decoder(SINGLE, heads, dynamic, num_slots=1, context_length=32)
     checkpoint = Checkpoint(
         heads=heads, paths=[(0,), (0, 0)], backbone_name="tiny", backbone_fingerprint=SINGLE.fingerprint
     )
-    with pytest.raises(ValueError, match="use a static tree"):
-        Model(SINGLE, heads, checkpoint=checkpoint).resolve_tree("dynamic")
     for format in ("vllm", "reference"):
         with pytest.raises(ValueError, match=f"format {format} cannot hold hydra heads"):
             export_heads(tmp_path / "out", checkpoint, SINGLE, format=format, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ from medusa import fused_llama, linear
 from medusa.backbone import Backbone, Placement, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadKind, SamplingParams
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine, Request
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
+from medusa.heads import MedusaHeads
 from medusa.native import argmax
 from medusa.native import linear as native_linear
 from medusa.native.argmax import largest_at
 from medusa.native.build import library
+from medusa.native.guesses import NativeHead, NativeHeads
 from medusa.native.linear import PackedWeight, has_tiles
-from medusa.tree import Tree
+from medusa.proposals import Proposer
+from medusa.tree import RowTrees, Tree
 from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder
 from tests.unit.medusa.tiny import chain_placement, random_heads, trees
 
@@ -54,14 +59,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def tiny(seed: int = 4, *, groups: int = 2) -> tuple[Backbone, Backbone]:
+def tiny(seed: int = 4, *, groups: int = 2, int8: bool = False) -> tuple[Backbone, Backbone]:
     """(through the kernels, in float64), the same weights. Head size 16, widths that fill no whole panel."""
     model = make_tiny_backbone_model(
         "llama", seed, torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=4 // groups,
         intermediate_size=74, vocab_size=301, initializer_range=0.15,
     )  # fmt: skip
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
-    fused = FusedLlama(model)
+    fused = FusedLlama(model, int8=int8)
     assert fused.native is not None
     return Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama", fused=fused), exact
 
@@ -245,6 +250,86 @@ def test_int8_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(fused_llama, "library", lambda: None)
     with pytest.raises(BackboneError, match="int8 weights need a CPU with a C compiler"):
         load_backbone(tmp_path / "llama", dtype="int8")
+
+
+def same_trees(found: tuple[Tensor, RowTrees], want: tuple[Tensor, RowTrees]) -> bool:
+    tables = ("depths", "parents", "node_paths", "ancestor_mask")
+    return torch.equal(found[0], want[0]) and all(
+        torch.equal(getattr(found[1], n), getattr(want[1], n)) for n in tables
+    )
+
+
+def packed_heads(backbone: Backbone, **options: Any) -> MedusaHeads:
+    heads = random_heads(backbone, **options).float()
+    heads.pack(backbone.linear)
+    return heads
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_trees_proposed_by_the_kernels_are_those_of_pytorch(kind: HeadKind, int8: bool, threads: int) -> None:
+    """The kernels' own products stand behind both, so that no rounding reorders a head's guesses: nothing is near a tie."""
+    backbone, _ = tiny(int8=int8)
+    some = torch.arange(0, 301, 2)
+    trees = (
+        Tree.full([5, 3, 2]),
+        Tree.chain(2),
+        DynamicTree(superset=Tree.full([9, 4, 3]), num_nodes=30),
+        DynamicTree(superset=Tree.full([9, 4, 3]), num_nodes=7, temperatures=(0.5, 1.0, 2.0)),
+        DynamicTree(superset=Tree.full([2, 2]), num_nodes=7),
+    )
+    for vocabulary, num_layers, seed in ((None, 1, 0), (some, 2, 1)):
+        heads = packed_heads(backbone, num_layers=num_layers, kind=kind, vocabulary=vocabulary, seed=seed)
+        ours, theirs = (Proposer(heads, backbone, native=native) for native in (True, False))
+        assert ours.is_native and not theirs.is_native
+        hidden, root = 2 * torch.randn(5, backbone.hidden_size), torch.randint(0, 301, (5,))
+        with torch.inference_mode():
+            for tree, batch in product(trees, (1, 5)):
+                shape = tree.on(CPU)
+                found, want = (propose(shape, root[:batch], hidden[:batch]) for propose in (ours, theirs))
+                assert same_trees(found, want), (str(tree), batch)
+
+
+@pytest.mark.parametrize("size", [3, 64, 150, 8192])
+def test_guesses_are_the_largest_first_of_equals_the_first(size: int) -> None:
+    """Logits that tie all the time: an lm_head of few different rows."""
+    weight = torch.randint(-1, 2, (size, 32)).float()
+    weight[:, 2:] = 0
+    block = PackedWeight.of(torch.zeros(32, 32))
+    head = NativeHead(blocks=[block], biases=torch.zeros(1, 32), num_read=0)
+    native = NativeHeads([head], lm_head=PackedWeight.of(weight), vocabulary=None, embeddings=torch.zeros(size, 32))
+    hidden = torch.randint(-2, 3, (40, 32)).float()
+    ranks = min(size, 16)
+    tokens, log_probs = native.weighed_guess(hidden, num_heads=1, num_ranks=ranks, temperatures=torch.tensor([0.7]))
+    logits = hidden @ weight.t()
+    assert torch.equal(tokens[:, 0], logits.sort(dim=1, descending=True, stable=True).indices[:, :ranks])
+    want = (logits.double() / 0.7).log_softmax(dim=-1).gather(1, tokens[:, 0])
+    torch.testing.assert_close(log_probs[:, 0].double(), want, rtol=1e-5, atol=2e-6)
+    assert (log_probs <= 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_hidden_state_still_proposes_tokens_that_exist(value: float) -> None:
+    backbone, _ = tiny()
+    propose = Proposer(packed_heads(backbone, kind="hydra"), backbone)
+    hidden = torch.randn(2, backbone.hidden_size)
+    hidden[0, 3] = value
+    for tree in (Tree.full([5, 3]), DynamicTree(superset=Tree.full([9, 4]), num_nodes=20)):
+        shape = tree.on(CPU)
+        with torch.inference_mode():
+            tokens, rows = propose(shape, torch.tensor([3, 4]), hidden)
+            alone = propose(shape, torch.tensor([4]), hidden[1:])
+        assert ((tokens >= 0) & (tokens < 301)).all()
+        assert (rows.parents < torch.arange(tokens.shape[1])).all()
+        assert torch.equal(tokens[1:], alone[0]) and torch.equal(rows.parents[1:], alone[1].parents)
+
+
+def test_heads_that_the_kernels_do_not_read_are_asked_by_pytorch() -> None:
+    backbone, exact = tiny()
+    assert Proposer(packed_heads(backbone), backbone).is_native
+    assert not Proposer(packed_heads(backbone, lm_heads="own"), backbone).is_native
+    assert not Proposer(random_heads(backbone), backbone).is_native, "not laid out"
+    assert not Proposer(random_heads(exact), exact).is_native
 
 
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa.config import SamplingParams
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine, Request
 from medusa.losses import IGNORE
-from medusa.replay import MISSED, guessed_ranks, num_steps, ranks_of
+from medusa.replay import MISSED, accepted_lengths, guessed_ranks, num_steps, ranks_of, steps_through
 from medusa.tree import Tree
 from medusa.tree_search import count_hits, measure_hits
 from tests.unit.medusa.tiny import NUM_HEADS, VOCAB, random_heads, tiny_backbone, trees
@@ -31,6 +32,27 @@ def test_replayed_steps_are_those_of_the_engine(tree: Tree, max_tokens: int, ign
     for i, ranks in enumerate(guessed_ranks(BACKBONE, HEADS, pairs, num_ranks=VOCAB, rows=5)):
         assert ranks.shape == (answers[i].stats.num_tokens - 1, NUM_HEADS)
         assert num_steps(ranks, tree) == answers[i].stats.num_steps
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    superset=trees(), kind=st.sampled_from(["medusa", "hydra"]), keep=st.sampled_from([1, 2, 3]),
+    max_tokens=st.integers(1, 24), ignore_eos=st.booleans(),
+)  # fmt: skip
+def test_replayed_steps_of_trees_of_any_kind_are_those_of_the_engine(
+    superset: Tree, kind: str, keep: int, max_tokens: int, ignore_eos: bool
+) -> None:
+    heads = random_heads(BACKBONE, kind=kind)
+    some = -(-superset.num_nodes // keep)
+    for tree in (superset, DynamicTree(superset=superset, num_nodes=some, temperatures=(0.5, 1.0, 2.0))):
+        engine = Engine(BACKBONE, heads, tree=tree, max_batch_size=2, context_length=64)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        requests = [Request(prompt_ids=p, params=params, request_id=str(i)) for i, p in enumerate(PROMPTS)]
+        done = {int(one.request_id): one for one in engine.run(requests)}
+        pairs = [(prompt, done[i].token_ids) for i, prompt in enumerate(PROMPTS)]
+        for i, accepted in enumerate(accepted_lengths(BACKBONE, heads, tree, pairs, rows=5)):
+            assert len(accepted) == done[i].stats.num_tokens - 1
+            assert steps_through(accepted) == done[i].stats.num_steps
 
 
 def test_ranks_are_counted_as_hits_are() -> None:

@@ -1,0 +1,86 @@
+"""What heads propose for a step: the tokens of a tree and the tree itself. Knows hidden states; knows no cache and no text.
+
+    B sequences, N tree nodes, D hidden
+
+Two kinds of heads, two of trees, and two ways to ask: by PyTorch or, where the backbone's products are those of the CPU
+kernels, by one call of theirs, which costs little more than the weights that it reads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from medusa.backbone import Backbone
+from medusa.candidates import static_candidates
+from medusa.dynamic_tree import DeviceDynamicTree, dynamic_candidates
+from medusa.heads import LmHead, LogitTransform, MedusaHeads, PartialLmHead
+from medusa.hydra import searched_candidates, sequential_candidates
+from medusa.native.guesses import NativeHead, NativeHeads
+from medusa.native.linear import PackedWeight
+from medusa.tree import DeviceTree, RowTrees
+
+
+class Proposer:
+    """The heads of a backbone, asked for trees."""
+
+    def __init__(self, heads: MedusaHeads, backbone: Backbone, *, native: bool = True) -> None:
+        """`native` lets the CPU kernels do it where they can; without, PyTorch: what they are held to."""
+        self._heads, self._reader = heads, backbone.lm_head_for(heads.vocabulary)
+        self._native = native_heads(heads, self._reader, backbone) if native else None
+
+    @property
+    def is_native(self) -> bool:
+        return self._native is not None
+
+    def __call__(self, tree: DeviceTree | DeviceDynamicTree, root: Tensor, hidden: Tensor) -> tuple[Tensor, RowTrees]:
+        """root [B] and the hidden states [B,D] before it → candidate tokens [B,N], the root first, and the trees of them.
+
+        `tree` is at least one deep.
+        """
+        native, heads, reader = self._native, self._heads, self._reader
+        if heads.config.kind == "hydra":
+            if isinstance(tree, DeviceDynamicTree):
+                search = native.search if native else partial(searched_candidates, heads, lm_head=reader)
+                return search(tree, root, hidden)
+            fill = native.fill if native else partial(sequential_candidates, heads, lm_head=reader)
+            return fill(tree, root, hidden), tree.rows(len(root))
+        if isinstance(tree, DeviceTree):
+            if native:
+                best = native.guess(hidden, num_heads=tree.depth, num_ranks=tree.width)
+            else:
+                best = heads.guesses(hidden, reader, num_heads=tree.depth, num_ranks=tree.width)
+            return static_candidates(tree, root, best), tree.rows(len(root))
+        heat = tree.temperatures
+        if native:
+            best, log_probs = native.weighed_guess(
+                hidden, num_heads=tree.depth, num_ranks=tree.width, temperatures=heat
+            )
+        else:
+            logits = heads.logits(hidden, reader, tree.depth)
+            best, log_probs = heads.weighed_tokens(logits, tree.width, None if heat is None else heat[:, None])
+        return dynamic_candidates(tree, root, best, log_probs)
+
+
+def native_heads(heads: MedusaHeads, reader: LmHead, backbone: Backbone) -> NativeHeads | None:
+    """The heads as the kernels read them, or None where anything about them is not as those expect it."""
+    fused = backbone.fused
+    if fused is None or heads.config.lm_heads != "shared" or reader.transform != LogitTransform():
+        return None
+    project = reader.project if isinstance(reader, PartialLmHead) else fused.lm_head
+    packed = [[block.packed for block in head.blocks] for head in heads.heads]  # type: ignore[union-attr]
+    if not all(isinstance(weight, PackedWeight) for weight in (project, *chain(*packed))):
+        return None
+    own = [
+        NativeHead(
+            blocks=weights,  # type: ignore[arg-type]
+            biases=torch.stack([block.bias.detach().float() for block in head.blocks]),  # type: ignore[union-attr]
+            num_read=head.num_read,  # type: ignore[arg-type]
+        )
+        for head, weights in zip(heads.heads, packed, strict=True)
+    ]
+    embeddings = fused.embedding.detach().contiguous()
+    return NativeHeads(own, lm_head=project, vocabulary=heads.vocabulary, embeddings=embeddings)  # type: ignore[arg-type]
