@@ -241,7 +241,7 @@ class Backbone:
         """This backbone's lm_head over `vocabulary` (ids) alone, in its own copy; over all tokens for None."""
         if vocabulary is None:
             return self
-        project = self.linear(self.lm_head_weight.detach()[vocabulary])
+        project = self.linear_of_guesses(self.lm_head_weight.detach()[vocabulary])
         return PartialLmHead(project=project, transform=self.transform, embed=self.embed)
 
     @property
@@ -252,6 +252,10 @@ class Backbone:
     def linear(self, weight: Tensor) -> Linear:
         """weight [O,I] → a product x [...,I] → [...,O] in the arithmetic of this backbone's own."""
         return self.fused.linear(weight) if self.fused is not None else lambda x: F.linear(x, weight)
+
+    def linear_of_guesses(self, weight: Tensor) -> Linear:
+        """The same for the heads' weights: in int8 where our own kernels multiply them, since no answer depends on it."""
+        return self.linear(weight) if self.fused is None else self.fused.linear_of_guesses(weight)
 
     def embed(self, ids: Tensor, /) -> Tensor:
         """ids [...] → the model's input embeddings [...,D]."""

@@ -170,7 +170,7 @@ def load_checkpoint(
     _load_strictly(heads, weights, root / WEIGHTS)
     if backbone is not None and dtype is None:  # to decode with
         if backbone.packs:
-            heads.pack(backbone.linear)
+            heads.pack(backbone.linear_of_guesses)
         elif backbone.device.type == "cuda":
             heads.stack()
     if adapters is not None and backbone is not None:

@@ -134,6 +134,12 @@ class FusedLlama:
         """x [...,I] → x·weightᵀ [...,O] in this path's own arithmetic, of a weight in the backbone's type."""
         return self.kernel.prepare(weight.to(self.embedding.dtype))
 
+    def linear_of_guesses(self, weight: Tensor) -> Linear:
+        """The same for what only proposes: where our kernels multiply it, rounded to int8, half the bytes. No token that is
+        emitted depends on it."""
+        rounds = self.kernel is Kernel.NATIVE and weight.shape[1] % 2 == 0
+        return (Kernel.NATIVE_INT8 if rounds else self.kernel).prepare(weight.to(self.embedding.dtype))
+
     def __call__(self, ids: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""
         hidden = F.embedding(ids, self.embedding).to(self.dtype)

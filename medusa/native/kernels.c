@@ -1223,6 +1223,25 @@ void medusa_search(const Heads *h, const Search *s, char *work, int64_t threads)
     }
 }
 
+/* The greedy walk down a tree of `nodes` for each row of a batch: logits [batch][nodes][vocabulary], tokens and parents a row
+   each `stride` apart, of which the first `limits` (NULL: all) may be accepted. To each row's last node and its own choice. */
+void medusa_walk(const float *logits, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens, int64_t token_stride,
+                 const int64_t *parents, int64_t parent_stride, const int64_t *limits, int64_t *last, int64_t *choice, int64_t threads)
+{
+#pragma omp parallel for num_threads((int)(threads < batch ? threads : batch)) if (batch > 1)
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t *token = tokens + b * token_stride, *parent = parents + b * parent_stride;
+        const int64_t end = limits && limits[b] < nodes ? limits[b] : nodes;
+        int64_t node = 0, child = 0;
+        do {
+            node = child;
+            choice[b] = place_of_largest(logits + (b * nodes + node) * vocabulary, vocabulary);
+            for (child = node + 1; child < end && !(parent[child] == node && token[child] == choice[b]);) child++;
+        } while (child < end);
+        last[b] = node;
+    }
+}
+
 void medusa_layers(const Model *m, const Step *s)
 {
     const int64_t rows = s->batch * s->num_new;
