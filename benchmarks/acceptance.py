@@ -66,7 +66,7 @@ def rates_by_category(prompts: Sequence[Prompt], completions: dict[str, Completi
 def main(
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
-    heads: Annotated[str, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder")] = "default",
+    heads: Annotated[str, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder")] = "default",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: one for each core")] = 0,

@@ -16,7 +16,7 @@ import torch
 import typer
 
 import medusa
-from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
+from benchmarks.command import RESULTS, console, describe, dtype_name, labelled, run_command
 from benchmarks.contenders import Contender, TransformersGenerate, load_reference
 from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
@@ -53,7 +53,7 @@ def all_grids(sections: dict[int, Section], *, tree: str) -> list[Grid]:
 
 def main(
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
-    heads: Annotated[str, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder")] = "default",
+    heads: Annotated[str, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder")] = "default",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, int8")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
     threads: Annotated[int, typer.Option(help="threads of every engine; 0: one for each core")] = 0,
@@ -65,6 +65,9 @@ def main(
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="also ours with int8 weights, plain and the first tree")] = False,
+    also_heads: Annotated[
+        list[str] | None, typer.Option(help="another set, with the first tree; repeat it to compare sets in one run")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
     prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
     vllm: Annotated[Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh")] = None,
@@ -90,6 +93,10 @@ def main(
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, dtype=dtype, device=device)
     rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
+    sets = {
+        f"{label}: ": medusa.load(backbone, heads=name, dtype=dtype, device=device)
+        for label, name in labelled(also_heads or []).items()
+    }
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = max(map(len, encoded)) + max_tokens
     sections: dict[int, Section] = {}
@@ -103,6 +110,7 @@ def main(
             context_length=room,
             max_batch_size=max(batches),
             num_threads=num_threads,
+            others=list(sets.values()),
         )
         with started(launches, folder=Path(work)) as peers:
             others = [*(generators(model, source, lookup=prompt_lookup) if 1 in batches else []), *peers]
@@ -111,6 +119,11 @@ def main(
                 ours = our_engines(model, tree or [], max_batch_size=size, context_length=room)
                 if rounded is not None:
                     ours += our_engines(rounded, (tree or [])[:1], max_batch_size=size, context_length=room, kind=INT8)
+                for label, other in sets.items():
+                    _, *trees = our_engines(
+                        other, (tree or [])[:1], max_batch_size=size, context_length=room, kind=label
+                    )
+                    ours += trees
                 sections[size] = measure_section(
                     ours, others, encoded, num_tokens=max_tokens, num_repeats=repeats, bandwidth=bandwidth
                 )

@@ -241,7 +241,7 @@ def main(
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
     vocabulary: Annotated[int, typer.Option(help="most frequent tokens that the heads guess among; 0: all")] = 0,
     start_from: Annotated[
-        str, typer.Option(help="'none', 'default', 'hydra', 'medusa2' or a folder, whose shape is kept")
+        str, typer.Option(help="'none', 'default', 'plain', 'medusa2' or a folder, whose shape is kept")
     ] = "none",
     lr: Annotated[float, typer.Option()] = 2e-3,
     warmup: Annotated[int, typer.Option()] = 60,

@@ -126,7 +126,7 @@ def main(
     calibration: Annotated[Path | None, typer.Option(help="JSONL of other prompts, to grow trees from")] = None,
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
     heads: Annotated[
-        list[str] | None, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder; repeat it")
+        list[str] | None, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder; repeat it")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 makes the count exact")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,

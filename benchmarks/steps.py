@@ -8,8 +8,10 @@ heads at every size once, so that drift falls on all alike; the first rounds war
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -24,42 +26,58 @@ from medusa.backbone import Backbone, load_backbone
 from medusa.checkpoint import load_checkpoint
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
+from medusa.generate import Model
 from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.sampling import SamplingRows
+from medusa.tree import Tree
 
 WARM_UP_ROUNDS = 3
 
 
-def decoder_of(backbone: Backbone, heads: str, *, nodes: int, batch: int, length: int) -> Decoder:
-    """A decoder of these heads with their tree of `nodes`; smaller ones are its first nodes."""
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A decoder whose steps of `nodes` nodes are timed."""
+
+    decoder: Decoder
+    nodes: int
+
+
+def timed_steps(backbone: Backbone, heads: str, trees: Sequence[str], *, batch: int, length: int) -> dict[str, Timed]:
+    """Tree → its steps with these heads; "1", the plain step, too. Static trees are the first nodes of one decoder's."""
     checkpoint = load_checkpoint(heads_folder(heads, backbone.name), backbone=backbone)
-    tree = checkpoint.tree(nodes)
-    return Decoder(backbone, checkpoint.heads, tree, num_slots=batch, context_length=length, prefill_chunk=8)
+    model = Model(backbone, checkpoint.heads, checkpoint)
+    shapes = {name: model.resolve_tree(name) for name in trees}
+    static = max((shape for shape in shapes.values() if isinstance(shape, Tree)), key=lambda tree: tree.num_nodes)
+    make = partial(Decoder, backbone, checkpoint.heads, num_slots=batch, context_length=length, prefill_chunk=8)
+    shared = make(static)
+    return {
+        name: Timed(decoder=shared if isinstance(shape, Tree) else make(shape), nodes=shape.num_nodes)
+        for name, shape in shapes.items()
+    }
 
 
-def time_steps(
-    decoders: Mapping[str, Decoder], sizes: list[int], *, batch: int, length: int, rounds: int
-) -> dict[str, dict[int, list[float]]]:
-    """Heads → nodes → seconds of a step of `batch` sequences that are `length` long, one for each round."""
-    found: dict[str, dict[int, list[float]]] = {name: {nodes: [] for nodes in sizes} for name in decoders}
+def time_steps(timed: Mapping[str, Timed], *, batch: int, length: int, rounds: int) -> dict[str, list[float]]:
+    """Name → seconds of a step of `batch` sequences that are `length` long, one for each round."""
+    found: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(WARM_UP_ROUNDS + rounds):
-        for nodes in sizes:
-            for name, decoder in decoders.items():
-                rows = SamplingRows.of([SamplingParams()] * batch, decoder.backbone.device)
-                decoder.pretend(batch, length)
-                began = time.perf_counter()
-                decoder.step(batch, rows, nodes=nodes)  # ends with a transfer to the host, so the device is done
-                if turn >= WARM_UP_ROUNDS:
-                    found[name][nodes].append(time.perf_counter() - began)
+        for name, one in timed.items():
+            rows = SamplingRows.of([SamplingParams()] * batch, one.decoder.backbone.device)
+            one.decoder.pretend(batch, length)
+            began = time.perf_counter()
+            one.decoder.step(batch, rows, nodes=one.nodes)  # ends with a transfer to the host, so the device is done
+            if turn >= WARM_UP_ROUNDS:
+                found[name].append(time.perf_counter() - began)
     return found
 
 
 def main(
     heads: Annotated[
-        list[str] | None, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder; repeat it")
+        list[str] | None, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder; repeat it")
     ] = None,
-    tree: Annotated[list[int] | None, typer.Option(help="nodes of the trees; repeat it (default: 6, 16, 64)")] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="nodes of the trees, or dynamic:N; repeat it (default: 6, 16, 64)")
+    ] = None,
     backbone: Annotated[str, typer.Option(help="built-in name, model folder or hub id")] = DEFAULT_BACKBONE,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; chosen by itself without")] = None,
@@ -73,21 +91,22 @@ def main(
     """Compare the step times of sets of heads."""
     torch.set_num_threads(threads or num_cores())
     machine = describe_machine("benchmarks.steps")
-    sizes = sorted({1, *(tree or (6, 16, 64))})
+    trees = list(dict.fromkeys(["1", *(tree or ("6", "16", "64"))]))
     model = load_backbone(backbone, dtype=dtype, device=device)
-    decoders = {
-        label: decoder_of(model, name, nodes=sizes[-1], batch=batch, length=length + 1)
-        for label, name in labelled(heads or ["default"]).items()
+    timed = {
+        f"{label}, {name}": steps
+        for label, folder in labelled(heads or ["default"]).items()
+        for name, steps in timed_steps(model, folder, trees, batch=batch, length=length + 1).items()
     }
-    seconds = time_steps(decoders, sizes, batch=batch, length=length, rounds=rounds)
-    plain = median(value for by in seconds.values() for value in by[1])
+    seconds = time_steps(timed, batch=batch, length=length, rounds=rounds)
+    plain = median(value for name, values in seconds.items() if name.endswith(", 1") for value in values)
     table = Grid(
         title=f"One step at batch {batch}; plain {1000 * plain:.1f} ms",
-        columns=("heads, nodes", "median ms", "min ms", "median / plain"),
+        columns=("heads, tree", "median ms", "min ms", "median / plain"),
         rows=[
-            [f"{name}, {n}", f"{1000 * median(by[n]):.1f}", f"{1000 * min(by[n]):.1f}", f"{median(by[n]) / plain:.3f}"]
-            for n in sizes[1:]
-            for name, by in seconds.items()
+            [name, f"{1000 * median(all_of):.1f}", f"{1000 * min(all_of):.1f}", f"{median(all_of) / plain:.3f}"]
+            for name, all_of in seconds.items()
+            if not name.endswith(", 1")
         ],
     )
     table.show(console)

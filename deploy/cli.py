@@ -80,7 +80,10 @@ class Device(enum.StrEnum):
 
 Backbone = Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")]
 Heads = Annotated[
-    str, typer.Option(help="Checkpoint folder; 'default', 'hydra': heads that come with the backbone; or 'none'.")
+    str,
+    typer.Option(
+        help="Checkpoint folder; 'default', 'plain', 'medusa2': heads that come with the backbone; or 'none'."
+    ),
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Decode plainly, one token a step, by the same code.")]
 Force = Annotated[bool, typer.Option("--force", help="Use heads that were made for other weights.")]

@@ -23,7 +23,7 @@ def export(
         ),
     ],
     backbone: Annotated[str, typer.Option(help="Built-in name, model folder or hub id.")] = "smollm2-135m",
-    heads: Annotated[str, typer.Option(help="Checkpoint folder, or 'default'.")] = "default",
+    heads: Annotated[str, typer.Option(help="Checkpoint folder, or 'plain': the built-in backbone's.")] = "plain",
     dtype: Annotated[str, typer.Option(help="Type to write: auto (bfloat16), bfloat16, float16, float32.")] = "auto",
     tree: Annotated[int | None, typer.Option(help="Nodes of the tree. Default: the checkpoint's choice.")] = None,
     backbone_to: Annotated[

@@ -237,7 +237,7 @@ def load(
 ) -> Model:
     """A model ready to generate.
 
-    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"`, `"hydra"` or `"medusa2"`
+    `backbone` is the built-in default, a folder or a hub id; `heads` a checkpoint folder, `"default"`, `"plain"` or `"medusa2"`
     (trained heads that come with this package, for the default backbone) or None (plain decoding, the original backbone).
     A MEDUSA-2 checkpoint, `"medusa2"` too, brings its tuned backbone: its adapters are merged. `force` uses heads made for
     other weights; `fused` and `gpu_kernels` as in `load_backbone`. Raises BackboneError, CheckpointError, ValueError.

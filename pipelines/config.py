@@ -82,7 +82,7 @@ class BackboneSection(Section):
 class HeadsSection(Section):
     """Shape of fresh heads, used with `train.init_from: none`; otherwise the shape is read from the tensors.
 
-    `kind` hydra: heads that also read the tokens before their own on the path; static trees alone, no export.
+    `kind` hydra: heads that also read the tokens before their own on the path; no export.
     """
 
     num_heads: PositiveInt = 5
@@ -152,7 +152,7 @@ class PromptsSection(Section):
 class DistillSection(Section):
     """How the backbone answers; a prompt may carry a temperature, top-p or seed of its own.
 
-    `heads` ("default", "hydra", a folder, "none") only speed it up: the text is the same. `tree_nodes` null takes their own tree
+    `heads` ("default", "plain", a folder, "none") only speed it up: the text is the same. `tree_nodes` null takes their own tree
     for small batches and plain decoding for large ones, which use the arithmetic that a tree would spend (see
     `answering`); 1 is plain decoding always. `rows_per_file` prompts are answered and committed together, fewer where
     that would leave actors idle. `cpus_per_actor` is Ray's logical share; `threads` are real ones, null divides the
@@ -187,7 +187,7 @@ class TrainSection(Section):
     `tune`: LoRA against the original's distribution; the whole backbone, or LoRA beside 4-bit weights, against labels.
 
     The rows are cut into `shards` lanes (null: one per worker); the run is the same function of the data for any number
-    of workers that divides them. `init_from`: "default", "hydra" or "medusa2" (shipped heads), a checkpoint folder, or "none"
+    of workers that divides them. `init_from`: "default", "plain" or "medusa2" (shipped heads), a checkpoint folder, or "none"
     (fresh heads).
     A run stops where a loss stays above `divergence_ratio` times its lowest median (null: never).
     """

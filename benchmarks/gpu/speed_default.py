@@ -131,7 +131,7 @@ def grid(batch: int, figures: Mapping[str, Figures]) -> Grid:
 
 def main(
     backbone: Annotated[str, typer.Option(help="built-in name or model folder")] = DEFAULT_BACKBONE,
-    heads: Annotated[str, typer.Option(help="'default', 'hydra', 'medusa2' or a heads folder")] = "default",
+    heads: Annotated[str, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "auto",
     kernel: Annotated[str | None, typer.Option(help="torch or triton; the model's own choice without")] = None,

@@ -98,7 +98,7 @@ def frequent_tokens(rows: Sequence[Row], size: int, vocab_size: int) -> torch.Te
 def make_heads(
     backbone: Backbone, start_from: str, shape: HeadsConfig, vocabulary: torch.Tensor | None = None
 ) -> MedusaHeads:
-    """Heads to train, in float32: fresh ones ("none"), which guess among `vocabulary`, or others ("default", "hydra": shipped)
+    """Heads to train, in float32: fresh ones ("none"), which guess among `vocabulary`, or others ("default", "plain": shipped)
     with their own. ValueError for heads of a tuned backbone: they would be trained behind the original one."""
     trained = None
     if start_from != "none":
@@ -135,7 +135,7 @@ def train_command(
     data: Annotated[Path, typer.Option(help="folder that `answer` wrote")],
     out: Annotated[Path, typer.Option(help="checkpoint folder; its log lies beside it")],
     backbone: Annotated[str, typer.Option(help="built-in name or model folder")] = DEFAULT_BACKBONE,
-    start_from: Annotated[str, typer.Option(help="'none', 'default', 'hydra' or a heads folder")] = "none",
+    start_from: Annotated[str, typer.Option(help="'none', 'default', 'plain' or a heads folder")] = "none",
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,19 @@ def peer_launches(
     context_length: int,
     max_batch_size: int,
     num_threads: int,
+    others: Sequence[Model] = (),
 ) -> list[Launch]:
-    """The engines asked for, each for prompts and answers of `context_length` together. Our heads are exported into
-    `workdir`. ValueError for llama.cpp without a file to read."""
+    """The engines asked for, each for prompts and answers of `context_length` together. Our heads, or where vLLM has no such
+    kind the first of `others` of one that it has, are exported into `workdir`. ValueError for llama.cpp without a file to read."""
     launches = []
     if environments.vllm is not None:
         drafts: dict[str, dict[str, Any] | None] = {VLLM: None}
         room = context_length
-        if model.checkpoint is not None:
+        known = [one.checkpoint for one in (model, *others) if one.checkpoint is not None]
+        if checkpoint := next((one for one in known if one.heads.config.kind == "medusa"), None):
             heads = workdir / "heads"
-            export_heads(heads, model.checkpoint, model.backbone, format="vllm", backbone_saved=True)
-            count = model.checkpoint.heads.num_heads
+            export_heads(heads, checkpoint, model.backbone, format="vllm", backbone_saved=True)
+            count = checkpoint.heads.num_heads
             drafts[VLLM_HEADS] = {"method": "medusa", "model": str(heads), "num_speculative_tokens": count}
             room += count + 1  # at the end of its context vLLM drafts less
         for name, draft in drafts.items():

@@ -8,16 +8,16 @@ from medusa.errors import CheckpointError
 
 ROOT = Path(__file__).parent
 
-
 SUFFIXES = {
     "default": "",
-    "hydra": "-hydra",
+    "hydra": "",
+    "plain": "-plain",
     "medusa2": "-medusa2",
-}  # name of a shipped set → what follows its backbone's name
+}  # name of a shipped set → what follows its backbone's name in that of its folder
 
 
 def heads_folder(heads: str | Path, backbone_name: str) -> Path:
-    """`heads` as given, or where they are the name of a shipped set ("default", "hydra", "medusa2"), its folder.
+    """`heads` as given, or where they are the name of a shipped set ("default", "hydra", "plain", "medusa2"), its folder.
 
     CheckpointError where the backbone has none.
     """

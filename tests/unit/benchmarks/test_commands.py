@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,6 @@ from medusa.generate import Model
 from medusa.heads import MedusaHeads
 from medusa.native.build import library
 from medusa.tree_policy import fit_policy
-from medusa.tree_search import HitTable
 
 NUM_TOKENS = 12
 
@@ -124,6 +125,20 @@ def test_int8_stands_beside_the_others_in_the_same_run(tiny_folder: Path, heads_
     assert figures["acceleration_rates"]["int8 plain"] == 1
 
 
+def test_another_set_of_heads_stands_beside_the_first(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(heads_folder, other)
+    bench.main(
+        backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
+        also_heads=[str(other)], max_tokens=NUM_TOKENS, tree=["3", "2"], repeats=1, limit=1, output=tmp_path,
+    )  # fmt: skip
+    (record,) = tmp_path.glob("*.json")
+    figures = json.loads(record.read_text())["figures"]["batch 1"]
+    assert list(figures["overheads"]) == ["tree of 3", "tree of 2", "other: tree of 3"]
+    rates = figures["acceleration_rates"]
+    assert rates["other: tree of 3"] == rates["tree of 3"]
+
+
 def test_groups_hold_every_prompt_and_are_full() -> None:
     assert interleaved.in_groups([[1], [2], [3]], 2) == [[[1], [2]], [[3], [1]]]
     assert interleaved.in_groups([[1], [2]], 5) == [[[1], [2], [1], [2], [1]]]
@@ -175,19 +190,21 @@ def test_replay_counts_what_the_engine_counts_and_keeps_the_tree_it_grew(
     common = dict(backbone=str(tiny_folder), dtype="float32", device="cpu", threads=1, max_tokens=NUM_TOKENS, limit=4)
     others = tmp_path / "others.jsonl"
     others.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(3)))
-    acceptance.main(heads=str(heads_folder), output=tmp_path, **common)  # type: ignore[arg-type]
+    acceptance.main(heads=str(heads_folder), tree=["3", "dynamic:3"], output=tmp_path, **common)  # type: ignore[arg-type]
     kept = tmp_path / "kept"
     replay.main(
-        heads=[str(heads_folder)], tree=[3, 5], calibration=others, batch=3, kept=kept,
+        heads=[str(heads_folder)], tree=["3", "5", "dynamic:3"], calibration=others, batch=3, kept=kept,
         output=tmp_path, **common,  # type: ignore[arg-type]
     )  # fmt: skip
     (decoded,), (counted,) = tmp_path.glob("acceptance-*.json"), tmp_path.glob("replay-*.json")
     rates = json.loads(counted.read_text())["figures"]["rates"]
-    assert set(rates) == {f"heads, {how}, {size}" for how in (replay.STORED, replay.GROWN) for size in (3, 5)}
-    engine = json.loads(decoded.read_text())["figures"]["acceleration_rate"]["tree of 3"]
-    assert rates[f"heads, {replay.STORED}, 3"] == pytest.approx(engine)
+    sizes = ("3", "5", "dynamic:3")
+    assert set(rates) == {f"heads, {how}, {size}" for how in (replay.STORED, replay.GROWN) for size in sizes}
+    engine = json.loads(decoded.read_text())["figures"]["acceleration_rate"]
+    assert rates[f"heads, {replay.STORED}, 3"] == pytest.approx(engine["tree of 3"])
+    assert rates[f"heads, {replay.STORED}, dynamic:3"] == pytest.approx(engine["dynamic tree of 3"])
     before, after = load_checkpoint(heads_folder), load_checkpoint(kept)
-    assert after.paths != before.paths
+    assert after.paths != before.paths and after.temperatures is not None
     pairs = zip(before.heads.parameters(), after.heads.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="--calibration"):
@@ -198,11 +215,13 @@ def test_kept_heads_are_those_stored_with_a_default_that_the_new_tree_has(heads_
     old = load_checkpoint(heads_folder)
     told = dict(paths=old.paths, backbone_name="b", backbone_fingerprint="f", default_nodes=5, temperatures=(0.5, 2.0))
     wide = save_checkpoint(tmp_path / "wide", old.heads, dtype=torch.float32, **told)  # type: ignore[arg-type]
-    model = Model(None, old.heads, load_checkpoint(wide, dtype=torch.bfloat16))  # type: ignore[arg-type]
-    hits = HitTable(hits=torch.tensor([[3, 1], [0, 0]]), counts=torch.tensor([5, 4]))
-    replay.keep(model, hits, tmp_path / "kept")
+    grown = replace(
+        load_checkpoint(wide, dtype=torch.bfloat16),
+        paths=[(0,), (1,)], accuracy=[[0.6, 0.2], [0.0, 0.0]], temperatures=(0.7, 1.5),
+    )  # fmt: skip
+    replay.keep(Model(None, old.heads, grown), tmp_path / "kept")  # type: ignore[arg-type]
     kept = load_checkpoint(tmp_path / "kept")
-    assert (kept.paths, kept.default_nodes, kept.temperatures) == ([(0,), (1,)], 3, (0.5, 2.0))
+    assert (kept.paths, kept.default_nodes, kept.temperatures) == ([(0,), (1,)], 3, (0.7, 1.5))
     assert kept.accuracy == [[0.6, 0.2], [0.0, 0.0]]
     assert (tmp_path / "kept" / WEIGHTS).read_bytes() == (wide / WEIGHTS).read_bytes()
 

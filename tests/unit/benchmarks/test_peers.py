@@ -21,6 +21,9 @@ from benchmarks.contenders import Turn
 from benchmarks.peers.engines import LLAMA, VLLM, VLLM_HEADS, Environments, parse_options, peer_launches
 from benchmarks.peers.lines import load_engine
 from benchmarks.peers.process import Launch, Peer
+from medusa.checkpoint import save_checkpoint
+from medusa.config import HeadsConfig
+from medusa.heads import MedusaHeads
 
 FOLDER = Path(peers.__file__).parent
 ENGINE = """
@@ -209,6 +212,27 @@ def test_the_engines_asked_for_get_our_weights_and_our_heads(
     assert all(json.dumps(dict(one.settings)) and one.engine.is_file() for one in launches.values())
     with pytest.raises(ValueError, match="--gguf FILE"):
         peer_launches(Environments(llama=Path("l")), model, **room)  # type: ignore[arg-type]
+
+
+def test_vllm_gets_heads_of_a_kind_that_it_has(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
+    plain = medusa.load(tiny_folder, heads=heads_folder, dtype="float32")
+    hydra = MedusaHeads(
+        HeadsConfig(num_heads=3, kind="hydra"),
+        hidden_size=plain.backbone.hidden_size,
+        vocab_size=plain.backbone.vocab_size,
+    )
+    saved = save_checkpoint(
+        tmp_path / "hydra", hydra, paths=[(0,)], backbone_name=plain.backbone.name,
+        backbone_fingerprint=plain.backbone.fingerprint,
+    )  # fmt: skip
+    model = medusa.load(tiny_folder, heads=saved, dtype="float32")
+    room = {"source": str(tiny_folder), "context_length": 64, "max_batch_size": 4, "num_threads": 2}
+    vllm = Environments(vllm=Path("v"))
+    alone = peer_launches(vllm, model, workdir=tmp_path / "a", **room)  # type: ignore[arg-type]
+    assert [one.name for one in alone] == [VLLM]
+    beside = peer_launches(vllm, model, workdir=tmp_path / "b", others=[plain], **room)  # type: ignore[arg-type]
+    assert [one.name for one in beside] == [VLLM, VLLM_HEADS]
+    assert beside[1].settings["draft"]["num_speculative_tokens"] == 2, "those of the other set"
 
 
 def test_options_are_a_json_object() -> None:

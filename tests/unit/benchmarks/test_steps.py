@@ -37,11 +37,11 @@ def test_steps_of_each_set_of_heads_and_size_are_timed_in_turns(tiny_folder: Pat
         )  # fmt: skip
     out = tmp_path / "results"
     steps.main(
-        heads=[str(tmp_path / kind) for kind in KINDS], tree=[4, 2], backbone=str(tiny_folder), dtype="float32",
+        heads=[str(tmp_path / kind) for kind in KINDS], tree=["4", "2", "dynamic:3"], backbone=str(tiny_folder), dtype="float32",
         device="cpu", threads=1, batch=2, length=40, rounds=2, output=out,
     )  # fmt: skip
     (page,), (record,) = out.glob("*.md"), out.glob("*.json")
     seconds = json.loads(record.read_text())["figures"]["seconds"]
-    assert {name: set(by) for name, by in seconds.items()} == {kind: {"1", "2", "4"} for kind in KINDS}
-    assert all(len(times) == 2 and min(times) > 0 for by in seconds.values() for times in by.values())
-    assert "hydra, 4" in page.read_text()
+    assert set(seconds) == {f"{kind}, {tree}" for kind in KINDS for tree in ("1", "2", "4", "dynamic:3")}
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+    assert "hydra, dynamic:3" in page.read_text()

@@ -245,7 +245,9 @@ def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path, na
         medusa.load(tiny_folder, heads=name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("default", "medusa"), ("hydra", "hydra"), ("medusa2", "hydra")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("default", "hydra"), ("hydra", "hydra"), ("plain", "medusa"), ("medusa2", "hydra")]
+)
 def test_heads_that_come_with_the_package_are_whole(name: str, kind: str) -> None:
     shipped = load_checkpoint(heads_folder(name, DEFAULT_BACKBONE))
     assert (shipped.heads.config.kind, shipped.heads.num_heads) == (kind, 5)
