@@ -28,7 +28,9 @@ from benchmarks.report import Grid, machine_lines, save
 from benchmarks.roofline import read_bandwidth
 from benchmarks.speed_page import chain_grid, roofline_grid, speed_grids
 from benchmarks.targets import target_grid
+from medusa.checkpoint import load_checkpoint
 from medusa.generate import Model
+from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 
 QUIET_LOAD = 0.5
@@ -38,6 +40,15 @@ def generators(model: Model, source: str, *, lookup: int) -> list[Contender]:
     """transformers' `generate`, and with prompt lookup where it is asked for: one model for both."""
     reference = load_reference(source, dtype=model.backbone.dtype, device=model.backbone.device)
     return [TransformersGenerate(reference, lookup=drafts) for drafts in ([0, lookup] if lookup else [0])]
+
+
+def with_heads(model: Model, heads: str, backbone: str) -> Model:
+    """The same model with another set: behind the same weights, unless one of the two sets has tuned them."""
+    checkpoint = load_checkpoint(heads_folder(heads, model.backbone.name), backbone=model.backbone)
+    if checkpoint.adapters is None and (model.checkpoint is None or model.checkpoint.adapters is None):
+        return Model(model.backbone, checkpoint.heads, checkpoint)
+    dtype = "int8" if model.backbone.fused is not None and model.backbone.fused.int8 else model.backbone.dtype
+    return medusa.load(backbone, heads=heads, dtype=dtype, device=model.backbone.device)
 
 
 def all_grids(sections: dict[int, Section], *, tree: str) -> list[Grid]:
@@ -66,7 +77,8 @@ def main(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="also ours with int8 weights, plain and the first tree")] = False,
     also_heads: Annotated[
-        list[str] | None, typer.Option(help="another set, with the first tree; repeat it to compare sets in one run")
+        list[str] | None,
+        typer.Option(help="another set, with the first tree; repeat it. Of kind medusa, vLLM takes it"),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
     prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
@@ -93,10 +105,7 @@ def main(
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, dtype=dtype, device=device)
     rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
-    sets = {
-        f"{label}: ": medusa.load(backbone, heads=name, dtype=dtype, device=device)
-        for label, name in labelled(also_heads or []).items()
-    }
+    sets = {f"{label}: ": with_heads(model, name, backbone) for label, name in labelled(also_heads or []).items()}
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = max(map(len, encoded)) + max_tokens
     sections: dict[int, Section] = {}

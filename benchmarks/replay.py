@@ -8,7 +8,7 @@ times nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
@@ -71,13 +71,18 @@ def ranks_in(model: Model, answers: Sequence[Answered]) -> list[Tensor]:
     return list(guessed_ranks(model.backbone, model.heads, pairs_of(answers)))
 
 
-def steps_of(model: Model, answers: Sequence[Answered], ranks: Sequence[Tensor], tree: Tree | DynamicTree) -> list[int]:
-    """Verify steps of each answer. The ranks serve every static tree; a dynamic one is proposed at each position."""
-    if isinstance(tree, Tree):
-        return [num_steps(own, tree) for own in ranks]
+def steps_of(
+    model: Model, answers: Sequence[Answered], ranks: Sequence[Tensor], trees: Mapping[str, Tree | DynamicTree]
+) -> dict[str, list[int]]:
+    """Of each tree, the verify steps of each answer. The ranks serve every static one; dynamic ones are proposed at each
+    position."""
     assert model.heads is not None
-    found = accepted_lengths(model.backbone, model.heads, tree, pairs_of(answers))
-    return [steps_through(lengths) for lengths in found]
+    found = {name: [num_steps(own, tree) for own in ranks] for name, tree in trees.items() if isinstance(tree, Tree)}
+    dynamic = {name: tree for name, tree in trees.items() if isinstance(tree, DynamicTree)}
+    if dynamic:
+        accepted = list(accepted_lengths(model.backbone, model.heads, list(dynamic.values()), pairs_of(answers)))
+        found |= {name: [steps_through(one[i]) for one in accepted] for i, name in enumerate(dynamic)}
+    return found
 
 
 def rates(answers: Sequence[Answered], counts: Sequence[int]) -> dict[str, float]:
@@ -160,9 +165,12 @@ def main(
         ranks, models = ranks_in(model, answers), {STORED: model}
         if others:
             models[GROWN] = calibrated(model, elsewhere)
-        for (how, one), size in product(models.items(), tree or ("16", "64")):
-            counts = steps_of(one, answers, ranks, one.resolve_tree(size))
-            found[f"{label}, {how}, {size}"] = rates(answers, counts)
+        shapes = {
+            f"{label}, {how}, {size}": one.resolve_tree(size)
+            for (how, one), size in product(models.items(), tree or ("16", "64"))
+        }
+        steps = steps_of(model, answers, ranks, shapes)
+        found |= {name: rates(answers, steps[name]) for name in shapes}
         if kept is not None:
             keep(models[GROWN], kept)
     categories = list(dict.fromkeys([*(row.category for row in rows), "all"]))

@@ -254,7 +254,7 @@ class Backbone:
         return self.fused.linear(weight) if self.fused is not None else lambda x: F.linear(x, weight)
 
     def linear_of_guesses(self, weight: Tensor) -> Linear:
-        """The same for the heads' weights: in int8 where our own kernels multiply them, since no answer depends on it."""
+        """The same for the heads' weights, which only propose: as roughly as suits the device."""
         return self.linear(weight) if self.fused is None else self.fused.linear_of_guesses(weight)
 
     def embed(self, ids: Tensor, /) -> Tensor:

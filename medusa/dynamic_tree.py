@@ -30,11 +30,13 @@ class DynamicTree:
     """The best `num_nodes` nodes of `superset` (in growth order), chosen anew for each sequence and step.
 
     `temperatures` [K] calibrate the heads: log-probabilities are those of their logits divided by them. Without, 1.
+    `searched` is how many nodes hydra heads search for, of which the best `num_nodes` are kept: as many, without.
     """
 
     superset: Tree
     num_nodes: int
     temperatures: tuple[float, ...] | None = None
+    searched: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= self.superset.num_nodes:
@@ -51,8 +53,9 @@ class DynamicTree:
             raise ValueError(f"{len(self.temperatures)} head temperatures were given for {num_heads} heads")
 
     def first(self, num_nodes: int) -> DynamicTree:
-        """The same choice with fewer nodes: the first of those kept, since they stand in the order of their scores."""
-        return replace(self, num_nodes=num_nodes)
+        """The same choice with fewer nodes: the first of those kept, since they stand in the order of their scores. So the
+        search stays that of the whole tree."""
+        return replace(self, num_nodes=num_nodes, searched=self.searched or self.num_nodes)
 
     def __str__(self) -> str:
         return f"dynamic tree of {self.num_nodes}"
@@ -79,14 +82,14 @@ class DynamicTree:
     @cached_property
     def beams(self) -> tuple[Beam, ...]:
         """How hydra heads search, for each depth that they reach."""
-        wide = self.superset.first(min(BEAM_NODES * self.num_nodes, self.superset.num_nodes))
+        wide = self.superset.first(min(BEAM_NODES * (self.searched or self.num_nodes), self.superset.num_nodes))
         return tuple(Beam(len(level.paths), level.width) for level in wide.levels)
 
 
 class Beam(NamedTuple):
     """Of one depth: how many nodes a head is asked about, the likeliest, and how many children each of them gets."""
 
-    parents: int
+    num_parents: int
     ranks: int
 
 

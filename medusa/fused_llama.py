@@ -24,7 +24,7 @@ from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
 from medusa.linear import NATIVE, Kernel, Linear, kernel_for
 from medusa.native.build import library
-from medusa.native.linear import PackedWeight
+from medusa.native.linear import PackedWeight, fits_int8
 from medusa.native.llama import NativeLayer, NativeLlama
 
 if TYPE_CHECKING:
@@ -135,10 +135,12 @@ class FusedLlama:
         return self.kernel.prepare(weight.to(self.embedding.dtype))
 
     def linear_of_guesses(self, weight: Tensor) -> Linear:
-        """The same for what only proposes: where our kernels multiply it, rounded to int8, half the bytes. No token that is
-        emitted depends on it."""
-        rounds = self.kernel is Kernel.NATIVE and weight.shape[1] % 2 == 0
-        return (Kernel.NATIVE_INT8 if rounds else self.kernel).prepare(weight.to(self.embedding.dtype))
+        """The same for what only proposes: in int8, half the bytes, where our kernels multiply it and its width allows that.
+        No greedy and no sampled token depends on it; of typical acceptance it may change which plausible one is taken."""
+        kernel = self.kernel
+        if kernel in NATIVE:
+            kernel = Kernel.NATIVE_INT8 if fits_int8(weight.shape[1]) else Kernel.NATIVE
+        return kernel.prepare(weight.to(self.embedding.dtype))
 
     def __call__(self, ids: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""

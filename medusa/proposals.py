@@ -28,7 +28,8 @@ class Proposer:
     """The heads of a backbone, asked for trees."""
 
     def __init__(self, heads: MedusaHeads, backbone: Backbone, *, native: bool = True) -> None:
-        """`native` lets the CPU kernels do it where they can; without, PyTorch: what they are held to."""
+        """`native` lets the CPU kernels do it where they can; without, PyTorch: what they are held to. The kernels see heads
+        and backbone as they are now: what is learned or merged later they do not."""
         self._heads, self._reader = heads, backbone.lm_head_for(heads.vocabulary)
         self._native = native_heads(heads, self._reader, backbone) if native else None
 

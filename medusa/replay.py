@@ -91,25 +91,33 @@ def num_steps(ranks: Tensor, tree: Tree) -> int:
 
 @torch.inference_mode()
 def accepted_lengths(
-    backbone: Backbone, heads: MedusaHeads, tree: Tree | DynamicTree, sequences: Iterable[Pair], *, rows: int = 64
-) -> Iterator[list[int]]:
-    """(prompt ids, answer ids) pairs → for each, how many nodes [P] a step accepts that has answer token p as its root.
+    backbone: Backbone,
+    heads: MedusaHeads,
+    trees: Sequence[Tree | DynamicTree],
+    sequences: Iterable[Pair],
+    *,
+    rows: int = 64,
+) -> Iterator[list[list[int]]]:
+    """(prompt ids, answer ids) pairs → for each, of each tree how many nodes [P] a step accepts whose root is answer token p.
 
     For trees of any kind, which are proposed at each position as decoding would. `rows` bounds memory.
     """
-    propose, shape = Proposer(heads, backbone), tree.on(backbone.device)
+    for tree in trees:
+        tree.check_fits(num_heads=heads.num_heads, vocab_size=heads.num_choices)
+    propose, shapes = Proposer(heads, backbone), [tree.on(backbone.device) for tree in trees]
     for pair in sequences:
-        found: list[int] = []
+        found: list[list[int]] = [[] for _ in trees]
         for part in _positions(backbone, heads, pair, rows):
-            if shape.depth == 0:
-                found += [0] * len(part.hidden)
-                continue
-            tokens, trees = propose(shape, part.path[:, 0], part.hidden)
-            found += _right(tokens, trees, part.targets.to(tokens.device)).tolist()
+            for lengths, shape in zip(found, shapes, strict=True):
+                if shape.depth == 0:
+                    lengths += [0] * len(part.hidden)
+                    continue
+                tokens, proposed = propose(shape, part.path[:, 0], part.hidden)
+                lengths += _num_right(tokens, proposed, part.targets.to(tokens.device)).tolist()
         yield found
 
 
-def _right(tokens: Tensor, trees: RowTrees, targets: Tensor) -> Tensor:
+def _num_right(tokens: Tensor, trees: RowTrees, targets: Tensor) -> Tensor:
     """Candidates [P,N] and what came after the root [P,K] → the depth of the deepest node [P] that stands on a right path."""
     wanted = torch.cat([tokens[:, :1], targets], dim=1).gather(1, trees.depths)
     right = F.pad(tokens == wanted, (0, 1), value=True)  # the last column: no node, wrong about nothing

@@ -62,7 +62,8 @@ def peer_launches(
     others: Sequence[Model] = (),
 ) -> list[Launch]:
     """The engines asked for, each for prompts and answers of `context_length` together. Our heads, or where vLLM has no such
-    kind the first of `others` of one that it has, are exported into `workdir`. ValueError for llama.cpp without a file to read."""
+    kind the first of `others` of one that it has, are exported into `workdir`. ValueError for llama.cpp without a file to
+    read."""
     launches = []
     if environments.vllm is not None:
         drafts: dict[str, dict[str, Any] | None] = {VLLM: None}

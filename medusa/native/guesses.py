@@ -113,6 +113,8 @@ class NativeHeads:
     def __init__(
         self, heads: Sequence[NativeHead], *, lm_head: PackedWeight, vocabulary: Tensor | None, embeddings: Tensor
     ) -> None:
+        assert embeddings.dtype in (torch.float32, torch.bfloat16)
+        assert vocabulary is None or (vocabulary.dtype == torch.int64 and vocabulary.is_contiguous())
         self._held = (list(heads), lm_head, vocabulary, embeddings)  # the kernels know their addresses only
         self._heads = (CHead * len(heads))(*(head.c() for head in heads))
         self._set = CHeads(
@@ -143,6 +145,7 @@ class NativeHeads:
     def _guess(
         self, hidden: Tensor, tokens: Tensor, log_probs: Tensor | None = None, temperatures: Tensor | None = None
     ) -> None:
+        assert all(head.num_read == 0 for head in self._held[0])
         guess = CGuess(
             first=0,
             count=tokens.shape[0],
@@ -176,7 +179,7 @@ class NativeHeads:
 
     def search(self, tree: DeviceDynamicTree, root: Tensor, hidden: Tensor) -> tuple[Tensor, RowTrees]:
         """root [B] and hidden [B,D] → tokens [B,N] and each row's tree: `hydra.searched_candidates`."""
-        levels = [CLevel(parents=beam.parents, ranks=beam.ranks) for beam in tree.beams]
+        levels = [CLevel(parents=beam.num_parents, ranks=beam.ranks) for beam in tree.beams]
         tokens, depths, parents = torch.empty(3, len(root), tree.num_nodes, dtype=torch.int64)
         rows = RowTrees(
             depths=depths,

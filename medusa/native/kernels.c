@@ -16,6 +16,11 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
+#else
+#define THREAD 0
+#define THREADS 1
 #endif
 
 #ifndef LANES
@@ -963,13 +968,7 @@ int64_t medusa_work_bytes(const Model *m, const Step *s) { return plan(m, s).end
 void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, char *work, int64_t threads)
 {
 #pragma omp parallel num_threads((int)threads)
-    {
-#ifdef _OPENMP
-        product(w, x, rows, y, 0, work, omp_get_thread_num(), omp_get_num_threads());
-#else
-        product(w, x, rows, y, 0, work, 0, 1);
-#endif
-    }
+    product(w, x, rows, y, 0, work, THREAD, THREADS);
 }
 
 /* Where the largest of x [size] first stands; of a row with NaN the first of them, as PyTorch has it. */
@@ -1014,14 +1013,21 @@ typedef struct {
 
 static GuessPlan guess_plan(const Heads *h, const Guess *g)
 {
-    const int64_t all = g->count * g->rows, wide = (1 + h->heads[g->first + g->count - 1].num_read) * h->hidden;
-    const int64_t in_blocks = bands_bytes(h->heads->blocks, g->rows, wide), in_lm_head = bands_bytes(&h->lm_head, all, h->hidden);
-    GuessPlan p = {.bump = upward(g->rows * wide * 4, LINE)}; /* later heads read more */
+    const int64_t all = g->count * g->rows;
+    int64_t wide = 0, bands = bands_bytes(&h->lm_head, all, h->hidden);
+    for (int64_t k = g->first; k < g->first + g->count; k++)
+        for (int64_t layer = 0; layer < h->num_layers; layer++) {
+            const Weight *block = h->heads[k].blocks + layer;
+            const int64_t need = bands_bytes(block, g->rows, block->inputs);
+            wide = block->inputs > wide ? block->inputs : wide;
+            bands = need > bands ? need : bands;
+        }
+    GuessPlan p = {.read = 0, .bump = upward(g->rows * wide * 4, LINE)};
     p.features = p.bump + upward(g->rows * h->hidden * 4, LINE);
     p.logits = p.features + upward(all * h->hidden * 4, LINE);
     p.values = p.logits + upward(all * h->lm_head.outputs * 4, LINE);
     p.bands = p.values + upward(all * g->ranks * 4, LINE);
-    p.end = p.bands + (in_blocks > in_lm_head ? in_blocks : in_lm_head);
+    p.end = p.bands + bands;
     return p;
 }
 
@@ -1071,13 +1077,7 @@ int64_t medusa_guess_bytes(const Heads *h, const Guess *g) { return guess_plan(h
 void medusa_guess(const Heads *h, const Guess *g, char *work, int64_t threads)
 {
 #pragma omp parallel num_threads((int)threads)
-    {
-#ifdef _OPENMP
-        guess(h, g, work, omp_get_thread_num(), omp_get_num_threads());
-#else
-        guess(h, g, work, 0, 1);
-#endif
-    }
+    guess(h, g, work, THREAD, THREADS);
 }
 
 /* Where things lie in a search's work: paths and guesses of a level; of a beam, all nodes that it saw. */
@@ -1146,7 +1146,7 @@ static void keep_best(const Search *s, int64_t seen, const Seen *n, int64_t b)
         int64_t *path = s->node_paths + (b * kept + i) * slots, above = 0;
         tokens[i] = n->tokens[node], depths[i] = n->depths[node];
         parents[i] = -1;
-        while (depths[i] && n->front[above] != n->parents[node]) above++;
+        while (above < i && n->front[above] != n->parents[node]) above++; /* the root has none: above is 0 */
         for (int64_t slot = 0; slot < slots; slot++) path[slot] = -1;
         if (depths[i]) {
             parents[i] = above;
@@ -1157,52 +1157,71 @@ static void keep_best(const Search *s, int64_t seen, const Seen *n, int64_t b)
     }
 }
 
-/* All threads together; each keeps to its own sequences between guesses. */
-static void search(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
+static Guess next_guess(const Search *s, const SearchPlan *p, char *work, int64_t level)
+{
+    Guess g = level_guess(s, level);
+    g.path = (int64_t *)(work + p->path), g.tokens = (int64_t *)(work + p->guessed);
+    return g;
+}
+
+/* A static tree of each sequence. All threads together, each with its own sequences between guesses. */
+static void fill(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
+{
+    const SearchPlan p = search_plan(h, s);
+    int64_t *path = (int64_t *)(work + p.path), first, last;
+    share(s->batch, thread, threads, &first, &last);
+    for (int64_t b = first; b < last; b++) s->tokens[b * s->num_nodes] = s->roots[b];
+    for (int64_t i = 0; i < s->num_levels; i++) {
+        const Level *level = s->levels + i;
+        const Guess g = next_guess(s, &p, work, i);
+        const int64_t in_paths = level->parents * (i + 1), guesses = level->parents * level->ranks;
+        for (int64_t b = first; b < last; b++)
+            for (int64_t j = 0; j < in_paths; j++) path[b * in_paths + j] = s->tokens[b * s->num_nodes + level->paths[j]];
+#pragma omp barrier
+        guess(h, &g, work + p.guess, thread, threads);
+        for (int64_t b = first; b < last; b++)
+            for (int64_t c = 0; c < level->num_children; c++)
+                s->tokens[b * s->num_nodes + level->children[c]] =
+                    g.tokens[b * guesses + level->places[c] * level->ranks + level->child_ranks[c]];
+    }
+}
+
+/* The likeliest nodes that a beam sees. All threads together, each with its own sequences between guesses. */
+static void beam(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
 {
     const SearchPlan p = search_plan(h, s);
     int64_t *path = (int64_t *)(work + p.path), first, last, num_seen = 1, level_start = 0;
     share(s->batch, thread, threads, &first, &last);
     for (int64_t b = first; b < last; b++) {
-        if (s->depths) {
-            const Seen n = seen_by_beam(&p, work, b);
-            n.tokens[0] = s->roots[b], n.parents[0] = -1, n.depths[0] = 0, n.scores[0] = 0;
-        } else s->tokens[b * s->num_nodes] = s->roots[b];
+        const Seen n = seen_by_beam(&p, work, b);
+        n.tokens[0] = s->roots[b], n.parents[0] = -1, n.depths[0] = 0, n.scores[0] = 0;
     }
     for (int64_t i = 0; i < s->num_levels; i++) {
         const Level *level = s->levels + i;
-        Guess g = level_guess(s, i);
-        g.path = path, g.tokens = (int64_t *)(work + p.guessed), g.log_probs = s->depths ? (float *)(work + p.weighed) : NULL;
-        for (int64_t b = first; b < last; b++)
-            if (s->depths) {
-                const Seen n = seen_by_beam(&p, work, b);
-                best_of(n.scores + level_start, num_seen - level_start, level->parents, n.front, n.values);
-                for (int64_t f = 0; f < level->parents; f++) {
-                    int64_t node = n.front[f] += level_start, *own = path + (b * level->parents + f) * (i + 1);
-                    for (int64_t j = i; j >= 0; j--, node = n.parents[node]) own[j] = n.tokens[node];
-                }
-            } else
-                for (int64_t j = 0; j < level->parents * (i + 1); j++)
-                    path[b * level->parents * (i + 1) + j] = s->tokens[b * s->num_nodes + level->paths[j]];
+        const int64_t guesses = level->parents * level->ranks;
+        Guess g = next_guess(s, &p, work, i);
+        g.log_probs = (float *)(work + p.weighed);
+        for (int64_t b = first; b < last; b++) {
+            const Seen n = seen_by_beam(&p, work, b);
+            best_of(n.scores + level_start, num_seen - level_start, level->parents, n.front, n.values);
+            for (int64_t f = 0; f < level->parents; f++) {
+                int64_t node = n.front[f] += level_start, *own = path + (b * level->parents + f) * (i + 1);
+                for (int64_t j = i; j >= 0; j--, node = n.parents[node]) own[j] = n.tokens[node];
+            }
+        }
 #pragma omp barrier
         guess(h, &g, work + p.guess, thread, threads);
         for (int64_t b = first; b < last; b++) {
-            const int64_t at = b * level->parents * level->ranks;
-            if (s->depths) {
-                const Seen n = seen_by_beam(&p, work, b);
-                for (int64_t c = 0; c < level->parents * level->ranks; c++) {
-                    const int64_t node = num_seen + c, parent = n.front[c / level->ranks];
-                    n.tokens[node] = g.tokens[at + c], n.parents[node] = parent, n.depths[node] = i + 1;
-                    n.scores[node] = n.scores[parent] + g.log_probs[at + c];
-                }
-            } else
-                for (int64_t c = 0; c < level->num_children; c++)
-                    s->tokens[b * s->num_nodes + level->children[c]] =
-                        g.tokens[at + level->places[c] * level->ranks + level->child_ranks[c]];
+            const Seen n = seen_by_beam(&p, work, b);
+            for (int64_t c = 0; c < guesses; c++) {
+                const int64_t node = num_seen + c, parent = n.front[c / level->ranks];
+                n.tokens[node] = g.tokens[b * guesses + c], n.parents[node] = parent, n.depths[node] = i + 1;
+                n.scores[node] = n.scores[parent] + g.log_probs[b * guesses + c];
+            }
         }
-        level_start = num_seen, num_seen += level->parents * level->ranks;
+        level_start = num_seen, num_seen += guesses;
     }
-    for (int64_t b = first; s->depths && b < last; b++) {
+    for (int64_t b = first; b < last; b++) {
         const Seen n = seen_by_beam(&p, work, b);
         keep_best(s, num_seen, &n, b);
     }
@@ -1215,18 +1234,16 @@ void medusa_search(const Heads *h, const Search *s, char *work, int64_t threads)
 {
 #pragma omp parallel num_threads((int)threads)
     {
-#ifdef _OPENMP
-        search(h, s, work, omp_get_thread_num(), omp_get_num_threads());
-#else
-        search(h, s, work, 0, 1);
-#endif
+        if (s->depths) beam(h, s, work, THREAD, THREADS);
+        else fill(h, s, work, THREAD, THREADS);
     }
 }
 
 /* The greedy walk down a tree of `nodes` for each row of a batch: logits [batch][nodes][vocabulary], tokens and parents a row
    each `stride` apart, of which the first `limits` (NULL: all) may be accepted. To each row's last node and its own choice. */
-void medusa_walk(const float *logits, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens, int64_t token_stride,
-                 const int64_t *parents, int64_t parent_stride, const int64_t *limits, int64_t *last, int64_t *choice, int64_t threads)
+void medusa_walk(const float *logits, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens,
+                 int64_t token_stride, const int64_t *parents, int64_t parent_stride, const int64_t *limits, int64_t *last,
+                 int64_t *choice, int64_t threads)
 {
 #pragma omp parallel for num_threads((int)(threads < batch ? threads : batch)) if (batch > 1)
     for (int64_t b = 0; b < batch; b++) {
@@ -1253,10 +1270,7 @@ void medusa_layers(const Model *m, const Step *s)
     uint8_t *seen_by = (uint8_t *)(work + p.seen_by);
 #pragma omp parallel num_threads((int)s->threads)
     {
-        int64_t thread = 0, threads = 1;
-#ifdef _OPENMP
-        thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#endif
+        const int64_t thread = THREAD, threads = THREADS;
         if (in_tiles(&m->layers->out)) transpose_masks(s, seen_by, thread, threads);
         for (int64_t i = 0; i < m->num_layers; i++) {
             const Layer *layer = m->layers + i;

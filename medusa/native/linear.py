@@ -51,7 +51,7 @@ class PackedWeight:
     def of(cls, weight: Tensor, *, int8: bool = False) -> PackedWeight:
         """weight [O,I] in float32 or bfloat16; `int8` rounds each output's weights to 255 steps (I must be even)."""
         outputs, inputs = weight.shape
-        if int8 and (inputs % 2 or inputs > MOST_INPUTS):
+        if int8 and not fits_int8(inputs):
             raise ValueError(
                 f"a weight in int8 must have an even number of inputs, {MOST_INPUTS} at most, got {inputs}"
             )
@@ -91,6 +91,11 @@ class PackedWeight:
             ctypes.c_int64(torch.get_num_threads()),
         )
         return out.view(*x.shape[:-1], self.outputs)
+
+
+def fits_int8(inputs: int) -> bool:
+    """Can a weight of so many inputs be packed in int8?"""
+    return inputs % 2 == 0 and inputs <= MOST_INPUTS
 
 
 def _in_tiles(weight: Tensor) -> Tensor:

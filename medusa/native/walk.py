@@ -27,7 +27,8 @@ def greedy_walk(logits: Tensor, tokens: Tensor, parents: Tensor, max_nodes: Tens
     operations for each depth.
     """
     batch, nodes, vocab_size = logits.shape
-    assert tokens.stride(1) == parents.stride(1) == 1 or nodes == 1
+    if tokens.stride(1) != 1 or parents.stride(1) != 1:
+        tokens, parents = tokens.contiguous(), parents.contiguous()
     limits = None if max_nodes is None else max_nodes.contiguous()
     last, choice = torch.empty(2, batch, dtype=torch.int64)
     kernels().medusa_walk(

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 
 SUFFIXES = {
     "default": "",
-    "hydra": "",
+    "hydra": "",  # what they were called before they were the default
     "plain": "-plain",
     "medusa2": "-medusa2",
 }  # name of a shipped set → what follows its backbone's name in that of its folder

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from medusa.attention import step_mask
-from medusa.config import SamplingParams
+from medusa.config import HeadKind, SamplingParams
 from medusa.decoder import Decoder
 from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine, Request
@@ -41,6 +41,7 @@ def engine_answers(
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
     tree: str = "static",
+    kind: HeadKind = "medusa",
     scheme: str = "greedy",
     graphs: bool = True,
     kernel: str = "torch",
@@ -51,7 +52,7 @@ def engine_answers(
     backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernel) if fused else None  # type: ignore[arg-type]
     engine = Engine(
         backbone,
-        random_heads(backbone).to(device),
+        random_heads(backbone, kind=kind).to(device),
         tree=TREES[tree],
         max_batch_size=2,
         context_length=200,
@@ -69,11 +70,14 @@ def engine_answers(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(("family", "fused"), [("llama", True), ("llama", False), ("gemma3_text", False)])
-def test_graphs_decode_what_eager_steps_decode(family: str, fused: bool, tree: str, scheme: str) -> None:
+def test_graphs_decode_what_eager_steps_decode(
+    family: str, fused: bool, tree: str, kind: HeadKind, scheme: str
+) -> None:
     replayed, eager = (
-        engine_answers("cuda", family=family, fused=fused, tree=tree, scheme=scheme, graphs=graphs)
+        engine_answers("cuda", family=family, fused=fused, tree=tree, kind=kind, scheme=scheme, graphs=graphs)
         for graphs in (True, False)
     )
     assert replayed == eager

@@ -141,6 +141,34 @@ def test_a_dynamic_tree_is_the_best_of_what_a_search_by_hand_sees(
             assert rows.parents[row].tolist() == places
 
 
+@settings(max_examples=15, deadline=None)
+@given(superset=trees(max_nodes=30), data=st.data(), seed=st.integers(0, 1000))
+def test_a_smaller_dynamic_tree_is_the_beginning_of_the_larger(superset: Tree, data: st.DataObject, seed: int) -> None:
+    """So that a request that may use few nodes gets the same ones alone and beside others that may use more."""
+    assume(superset.num_nodes > 2)
+    whole = DynamicTree(superset=superset, num_nodes=data.draw(st.integers(3, superset.num_nodes)))
+    some = data.draw(st.integers(2, whole.num_nodes - 1))
+    heads = random_heads(DOUBLE, kind="hydra", seed=seed)
+    hidden = torch.randn(2, DOUBLE.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with torch.inference_mode():
+        (larger, rows), (smaller, first_rows) = (
+            searched_candidates(heads, tree.on(DOUBLE.device), torch.tensor([3, 4]), hidden, DOUBLE)  # type: ignore[arg-type]
+            for tree in (whole, whole.first(whole.num_nodes - 1).first(some))
+        )
+    assert torch.equal(larger[:, :some], smaller)
+    assert torch.equal(rows.node_paths[:, :some], first_rows.node_paths)
+
+
+def test_a_typical_answer_with_hydra_heads_does_not_depend_on_its_neighbours() -> None:
+    heads = random_heads(DOUBLE, kind="hydra")
+    tree = DynamicTree(superset=Tree.full([6, 6, 3]), num_nodes=40)
+    typical = dict(max_tokens=20, temperature=0.9, acceptance="typical", epsilon=0.02, delta=0.1, ignore_eos=True)
+    limited = [SamplingParams(seed=i, tree_nodes=nodes, **typical) for i, nodes in enumerate((5, 9, 12, 7))]  # type: ignore[arg-type]
+    beside = [*limited[:3], SamplingParams(seed=9, **typical)]  # type: ignore[arg-type]
+    alone, together = answers(heads, tree, limited, 1), answers(heads, tree, beside, 4)
+    assert [alone[str(i)] for i in range(3)] == [together[str(i)] for i in range(3)]
+
+
 def test_a_search_that_leaves_nothing_out_finds_the_likeliest_of_all_paths() -> None:
     """Where the superset is at most twice as large as the tree every node goes on, as it does in the whole tree by hand."""
     heads, hidden = random_heads(DOUBLE, kind="hydra"), torch.randn(1, DOUBLE.hidden_size, dtype=torch.float64)

@@ -28,7 +28,7 @@ from medusa.native import linear as native_linear
 from medusa.native.argmax import largest_at
 from medusa.native.build import library
 from medusa.native.guesses import NativeHead, NativeHeads
-from medusa.native.linear import PackedWeight, has_tiles
+from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles
 from medusa.proposals import Proposer
 from medusa.sampling import SamplingRows
 from medusa.tree import RowTrees, Tree
@@ -60,11 +60,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def tiny(seed: int = 4, *, groups: int = 2, int8: bool = False) -> tuple[Backbone, Backbone]:
+def tiny(seed: int = 4, *, groups: int = 2, int8: bool = False, hidden_size: int = 64) -> tuple[Backbone, Backbone]:
     """(through the kernels, in float64), the same weights. Head size 16, widths that fill no whole panel."""
     model = make_tiny_backbone_model(
-        "llama", seed, torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=4 // groups,
-        intermediate_size=74, vocab_size=301, initializer_range=0.15,
+        "llama", seed, torch.bfloat16, hidden_size=hidden_size, head_dim=16, num_attention_heads=4,
+        num_key_value_heads=4 // groups, intermediate_size=74, vocab_size=301, initializer_range=0.15,
     )  # fmt: skip
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
     fused = FusedLlama(model, int8=int8)
@@ -125,6 +125,13 @@ def test_a_row_that_is_broken_stays_so_alone(int8: bool, value: float) -> None:
     out = PackedWeight.of(torch.randn(8, 34).bfloat16(), int8=int8)(x)
     assert out.isfinite().all(dim=1).tolist() == [True, False, True]
     assert not out[1].isfinite().any()
+
+
+def test_heads_too_wide_for_int8_keep_the_backbones_own_type() -> None:
+    backbone, _ = tiny()
+    wide, narrow = torch.zeros(32, MOST_INPUTS + 2, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert backbone.linear_of_guesses(wide).panels.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert backbone.linear_of_guesses(narrow).panels.dtype == torch.int8  # type: ignore[attr-defined]
 
 
 def test_int8_refuses_what_it_cannot_pack() -> None:
@@ -283,17 +290,22 @@ def same_trees(found: tuple[Tensor, RowTrees], want: tuple[Tensor, RowTrees]) ->
     )
 
 
-def packed_heads(backbone: Backbone, **options: Any) -> MedusaHeads:
+def packed_heads(backbone: Backbone, *, as_loaded: bool = True, **options: Any) -> MedusaHeads:
     heads = random_heads(backbone, **options).float()
-    heads.pack(backbone.linear)
+    heads.pack(backbone.linear_of_guesses if as_loaded else backbone.linear)
     return heads
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("hidden_size", "int8", "as_loaded"), [(64, False, True), (40, False, True), (92, False, False), (72, True, True)]
+)
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
-def test_trees_proposed_by_the_kernels_are_those_of_pytorch(kind: HeadKind, int8: bool, threads: int) -> None:
-    """The kernels' own products stand behind both, so that no rounding reorders a head's guesses: nothing is near a tie."""
-    backbone, _ = tiny(int8=int8)
+def test_trees_proposed_by_the_kernels_are_those_of_pytorch(
+    kind: HeadKind, hidden_size: int, int8: bool, as_loaded: bool, threads: int
+) -> None:
+    """The kernels' own products stand behind both, so that no rounding reorders a head's guesses: nothing is near a tie.
+    Widths fill no whole vectors, blocks are of another type than the lm_head, threads more than rows."""
+    backbone, _ = tiny(int8=int8, hidden_size=hidden_size)
     some = torch.arange(0, 301, 2)
     trees = (
         Tree.full([5, 3, 2]),
@@ -303,7 +315,9 @@ def test_trees_proposed_by_the_kernels_are_those_of_pytorch(kind: HeadKind, int8
         DynamicTree(superset=Tree.full([2, 2]), num_nodes=7),
     )
     for vocabulary, num_layers, seed in ((None, 1, 0), (some, 2, 1)):
-        heads = packed_heads(backbone, num_layers=num_layers, kind=kind, vocabulary=vocabulary, seed=seed)
+        heads = packed_heads(
+            backbone, as_loaded=as_loaded, num_layers=num_layers, kind=kind, vocabulary=vocabulary, seed=seed
+        )
         ours, theirs = (Proposer(heads, backbone, native=native) for native in (True, False))
         assert ours.is_native and not theirs.is_native
         hidden, root = 2 * torch.randn(5, backbone.hidden_size), torch.randint(0, 301, (5,))
@@ -364,6 +378,7 @@ def test_loaded_heads_decode_by_the_backbones_own_products(tmp_path: Path, kind:
         tmp_path / "heads", heads, paths=[(0,)], backbone_name="llama", backbone_fingerprint=backbone.fingerprint
     )
     packed = load_checkpoint(folder, backbone=backbone).heads
+    assert all(block.packed.panels.dtype == torch.int8 for head in packed.heads for block in head.blocks)
     to_train = load_checkpoint(folder, backbone=backbone, dtype=torch.float32).heads
     assert all(block.packed is not None for head in packed.heads for block in head.blocks)
     assert all(block.packed is None for head in to_train.heads for block in head.blocks)

@@ -44,15 +44,18 @@ def test_replayed_steps_of_trees_of_any_kind_are_those_of_the_engine(
 ) -> None:
     heads = random_heads(BACKBONE, kind=kind)
     some = -(-superset.num_nodes // keep)
-    for tree in (superset, DynamicTree(superset=superset, num_nodes=some, temperatures=(0.5, 1.0, 2.0))):
+    shapes = [superset, DynamicTree(superset=superset, num_nodes=some, temperatures=(0.5, 1.0, 2.0))]
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+    requests = [Request(prompt_ids=p, params=params, request_id=str(i)) for i, p in enumerate(PROMPTS)]
+    decoded = []
+    for tree in shapes:
         engine = Engine(BACKBONE, heads, tree=tree, max_batch_size=2, context_length=64)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-        requests = [Request(prompt_ids=p, params=params, request_id=str(i)) for i, p in enumerate(PROMPTS)]
-        done = {int(one.request_id): one for one in engine.run(requests)}
-        pairs = [(prompt, done[i].token_ids) for i, prompt in enumerate(PROMPTS)]
-        for i, accepted in enumerate(accepted_lengths(BACKBONE, heads, tree, pairs, rows=5)):
-            assert len(accepted) == done[i].stats.num_tokens - 1
-            assert steps_through(accepted) == done[i].stats.num_steps
+        decoded.append({int(one.request_id): one for one in engine.run(requests)})
+    pairs = [(prompt, decoded[0][i].token_ids) for i, prompt in enumerate(PROMPTS)]
+    for i, accepted in enumerate(accepted_lengths(BACKBONE, heads, shapes, pairs, rows=5)):
+        for lengths, done in zip(accepted, decoded, strict=True):
+            assert len(lengths) == done[i].stats.num_tokens - 1
+            assert steps_through(lengths) == done[i].stats.num_steps
 
 
 def test_ranks_are_counted_as_hits_are() -> None:
