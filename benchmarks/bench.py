@@ -20,7 +20,7 @@ from benchmarks.command import RESULTS, console, describe, dtype_name, labelled,
 from benchmarks.contenders import Contender, TransformersGenerate, load_reference
 from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
-from benchmarks.our_engines import INT8, OUR_CHAIN, our_engines
+from benchmarks.our_engines import CHAIN, INT8, OUR_CHAIN, our_engines
 from benchmarks.peers.engines import VLLM_HEADS, Environments, parse_options, peer_launches, weights_folder
 from benchmarks.peers.process import started
 from benchmarks.prompts import built_in, read_prompts
@@ -104,6 +104,10 @@ def main(
     environments = Environments(vllm=vllm, vllm_options=parse_options(vllm_options), llama=llama, gguf=gguf)
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, dtype=dtype, device=device)
+    if vllm and CHAIN in (tree or []) and model.heads is not None and model.heads.config.kind != "medusa":
+        raise ValueError(
+            "a chain beside vLLM is for heads that vLLM takes too; give --heads plain, or leave the chain out"
+        )
     rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
     sets = {f"{label}: ": with_heads(model, name, backbone) for label, name in labelled(also_heads or []).items()}
     encoded = [model.encode(list(row.messages)) for row in rows]

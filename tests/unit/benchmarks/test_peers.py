@@ -14,9 +14,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import medusa
-from benchmarks import peers
+from benchmarks import bench, peers
 from benchmarks.contenders import Turn
 from benchmarks.peers.engines import LLAMA, VLLM, VLLM_HEADS, Environments, parse_options, peer_launches
 from benchmarks.peers.lines import load_engine
@@ -233,6 +234,11 @@ def test_vllm_gets_heads_of_a_kind_that_it_has(tiny_folder: Path, heads_folder: 
     beside = peer_launches(vllm, model, workdir=tmp_path / "b", others=[plain], **room)  # type: ignore[arg-type]
     assert [one.name for one in beside] == [VLLM, VLLM_HEADS]
     assert beside[1].settings["draft"]["num_speculative_tokens"] == 2, "those of the other set"
+    with pytest.raises(ValueError, match="give --heads plain"):
+        bench.main(
+            backbone=str(tiny_folder), heads=str(saved), dtype="float32", threads=torch.get_num_threads(), tree=["chain"],
+            vllm=Path("v"),
+        )  # fmt: skip
 
 
 def test_options_are_a_json_object() -> None:

@@ -246,12 +246,14 @@ def test_heads_that_do_not_come_with_the_package_are_named(tiny_folder: Path, na
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("default", "hydra"), ("hydra", "hydra"), ("plain", "medusa"), ("medusa2", "hydra")]
+    ("name", "kind", "nodes"),
+    [("default", "hydra", 10), ("hydra", "hydra", 10), ("plain", "medusa", 6), ("medusa2", "hydra", 10)],
 )
-def test_heads_that_come_with_the_package_are_whole(name: str, kind: str) -> None:
+def test_heads_that_come_with_the_package_are_whole(name: str, kind: str, nodes: int) -> None:
     shipped = load_checkpoint(heads_folder(name, DEFAULT_BACKBONE))
     assert (shipped.heads.config.kind, shipped.heads.num_heads) == (kind, 5)
-    assert shipped.tree().num_nodes == 6 and shipped.tree(64).num_nodes == 64
+    assert shipped.tree().num_nodes == nodes and shipped.tree(64).num_nodes == 64
+    assert shipped.dynamic_tree().temperatures is not None
     assert shipped.backbone_fingerprint == load_checkpoint(pretrained_heads(DEFAULT_BACKBONE)).backbone_fingerprint
 
 
