@@ -8,7 +8,6 @@ kernels, by one call of theirs, which costs little more than the weights that it
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import chain
 
 import torch
@@ -30,40 +29,53 @@ class Proposer:
     def __init__(self, heads: MedusaHeads, backbone: Backbone, *, native: bool = True) -> None:
         """`native` lets the CPU kernels do it where they can; without, PyTorch: what they are held to. The kernels see heads
         and backbone as they are now: what is learned or merged later they do not."""
-        self._heads, self._reader = heads, backbone.lm_head_for(heads.vocabulary)
-        self._native = native_heads(heads, self._reader, backbone) if native else None
+        reader = backbone.lm_head_for(heads.vocabulary)
+        found = native_heads(heads, reader, backbone) if native else None
+        self._heads = TorchHeads(heads, reader) if found is None else found
+        self._sequential = heads.config.kind == "hydra"
 
     @property
     def is_native(self) -> bool:
-        return self._native is not None
+        return isinstance(self._heads, NativeHeads)
 
     def __call__(self, tree: DeviceTree | DeviceDynamicTree, root: Tensor, hidden: Tensor) -> tuple[Tensor, RowTrees]:
         """root [B] and the hidden states [B,D] before it → candidate tokens [B,N], the root first, and the trees of them.
 
         `tree` is at least one deep.
         """
-        native, heads, reader = self._native, self._heads, self._reader
-        if heads.config.kind == "hydra":
-            if isinstance(tree, DeviceDynamicTree):
-                search = native.search if native else partial(searched_candidates, heads, lm_head=reader)
-                return search(tree, root, hidden)
-            fill = native.fill if native else partial(sequential_candidates, heads, lm_head=reader)
-            return fill(tree, root, hidden), tree.rows(len(root))
-        if isinstance(tree, DeviceTree):
-            if native:
-                best = native.guess(hidden, num_heads=tree.depth, num_ranks=tree.width)
-            else:
-                best = heads.guesses(hidden, reader, num_heads=tree.depth, num_ranks=tree.width)
-            return static_candidates(tree, root, best), tree.rows(len(root))
-        heat = tree.temperatures
-        if native:
-            best, log_probs = native.weighed_guess(
-                hidden, num_heads=tree.depth, num_ranks=tree.width, temperatures=heat
+        if self._sequential and isinstance(tree, DeviceDynamicTree):
+            return self._heads.search(tree, root, hidden)
+        if isinstance(tree, DeviceDynamicTree):
+            best, log_probs = self._heads.weighed_guess(
+                hidden, num_heads=tree.depth, num_ranks=tree.width, temperatures=tree.temperatures
             )
-        else:
-            logits = heads.logits(hidden, reader, tree.depth)
-            best, log_probs = heads.weighed_tokens(logits, tree.width, None if heat is None else heat[:, None])
-        return dynamic_candidates(tree, root, best, log_probs)
+            return dynamic_candidates(tree, root, best, log_probs)
+        if self._sequential:
+            return self._heads.fill(tree, root, hidden), tree.rows(len(root))
+        best = self._heads.guess(hidden, num_heads=tree.depth, num_ranks=tree.width)
+        return static_candidates(tree, root, best), tree.rows(len(root))
+
+
+class TorchHeads:
+    """Heads asked by PyTorch's operations, on any device; `NativeHeads` has the same methods."""
+
+    def __init__(self, heads: MedusaHeads, reader: LmHead) -> None:
+        self._heads, self._reader = heads, reader
+
+    def guess(self, hidden: Tensor, *, num_heads: int, num_ranks: int) -> Tensor:
+        return self._heads.guesses(hidden, self._reader, num_heads=num_heads, num_ranks=num_ranks)
+
+    def weighed_guess(
+        self, hidden: Tensor, *, num_heads: int, num_ranks: int, temperatures: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._heads.logits(hidden, self._reader, num_heads)
+        return self._heads.weighed_tokens(logits, num_ranks, None if temperatures is None else temperatures[:, None])
+
+    def fill(self, tree: DeviceTree, root: Tensor, hidden: Tensor) -> Tensor:
+        return sequential_candidates(self._heads, tree, root, hidden, self._reader)
+
+    def search(self, tree: DeviceDynamicTree, root: Tensor, hidden: Tensor) -> tuple[Tensor, RowTrees]:
+        return searched_candidates(self._heads, tree, root, hidden, self._reader)
 
 
 def native_heads(heads: MedusaHeads, reader: LmHead, backbone: Backbone) -> NativeHeads | None:
