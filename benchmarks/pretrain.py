@@ -26,7 +26,7 @@ from typing import Annotated
 import pyarrow.parquet as pq
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.command import console, run_command
 from medusa.adapters import Adapters
@@ -129,8 +129,16 @@ class SampledSoftmax:
         self.place = torch.full((len(lm_head),), -1)
         self.place[self.frequent] = torch.arange(len(self.frequent))
 
-    def gradient(self, features: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """features [P·K,D], targets [P·K], weights [P·K] → cross-entropy of each row [P·K], gradient [P·K,D]."""
+    def gradient(
+        self, features: Tensor, targets: Tensor, row_weight: Tensor, *, own: nn.Parameter | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """features [P·K,D], targets [P·K], weights [P·K] → cross-entropy of each row [P·K], gradient [P·K,D].
+
+        Of an lm_head of a head's `own` [V,D], which takes the place of the shared one, the gradient is written to it."""
+        lm_head = self.lm_head if own is None else own.detach()
+        frequent_weight = self.frequent_weight if own is None else lm_head[self.frequent].to(self.lm_head.dtype)
+        if own is not None:
+            own.grad = torch.zeros_like(own)
         real = targets != IGNORE
         labels = targets[real].unique()
         rare = labels[self.place[labels] < 0]
@@ -139,7 +147,7 @@ class SampledSoftmax:
         side = torch.cat([rare, drawn])
         stands_for = math.log((len(self.rest) - len(rare)) / max(len(drawn), 1)) if len(drawn) else 0.0
         correction = torch.cat([torch.zeros(len(rare)), torch.full((len(drawn),), stands_for)])
-        side_weight = self.lm_head[side]
+        side_weight = lm_head[side].to(self.lm_head.dtype)
         self.place[side] = len(self.frequent) + torch.arange(len(side))
         column = self.place[targets.clamp_min(0)].clamp_min(0)
         self.place[side] = -1
@@ -148,7 +156,7 @@ class SampledSoftmax:
         for start in range(0, len(features), CHUNK):
             rows = slice(start, start + CHUNK)
             x, index = features[rows].to(self.lm_head.dtype), column[rows, None]
-            logits = torch.cat([x @ self.frequent_weight.t(), x @ side_weight.t()], dim=1).float()
+            logits = torch.cat([x @ frequent_weight.t(), x @ side_weight.t()], dim=1).float()
             logits[:, len(self.frequent) :] += correction
             log_z = torch.logsumexp(logits, dim=1)
             losses[rows] = log_z - logits.gather(1, index)[:, 0]
@@ -156,8 +164,29 @@ class SampledSoftmax:
             p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
             p = p.mul_((row_weight[rows] * real[rows])[:, None]).to(self.lm_head.dtype)
             frequent, side_share = p.tensor_split([len(self.frequent)], dim=1)
-            gradient[rows] = (frequent @ self.frequent_weight).float() + side_share @ side_weight
+            gradient[rows] = (frequent @ frequent_weight).float() + side_share @ side_weight
+            if own is not None:
+                assert own.grad is not None
+                for tokens, share in ((self.frequent, frequent), (side, side_share)):
+                    own.grad.index_add_(0, tokens, (share.t() @ x).to(own.dtype))
         return losses * real, gradient
+
+
+def gradient_of(
+    softmax: SampledSoftmax, heads: MedusaHeads, features: Tensor, targets: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """features [P,K,D], targets [P,K], weights [K] → cross-entropy [P,K] and gradient [P,K,D], by the shared lm_head or, head
+    by head, by their own, which get theirs."""
+    count, num_heads, _ = features.shape
+    if heads.config.lm_heads == "shared":
+        found = softmax.gradient(features.flatten(0, 1), targets.flatten(), row_weight.repeat(count))
+        return found[0].view(count, num_heads), found[1].view_as(features)
+    by_head = [
+        softmax.gradient(features[:, k], targets[:, k], row_weight[k].repeat(count), own=head.lm_head.weight)  # type: ignore[arg-type,union-attr]
+        for k, head in enumerate(heads.heads)
+    ]
+    losses, gradients = zip(*by_head, strict=True)
+    return torch.stack(losses, dim=1), torch.stack(gradients, dim=1)
 
 
 @torch.inference_mode()
@@ -213,7 +242,12 @@ def first_heads(backbone: Backbone, config: HeadsConfig, start_from: str) -> tup
     if start_from != "none":
         trained = load_checkpoint(heads_folder(start_from, backbone.name), backbone=backbone)
         config = trained.heads.config
-    heads = MedusaHeads(config, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
+    heads = MedusaHeads(
+        config,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        lm_head_weight=backbone.lm_head_weight.detach(),
+    )
     if trained is None:
         return heads, None
     heads.load_state_dict(trained.heads.state_dict())
@@ -239,6 +273,7 @@ def main(
     num_heads: Annotated[int, typer.Option()] = 5,
     num_layers: Annotated[int, typer.Option()] = 2,
     kind: Annotated[str, typer.Option(help="medusa; hydra: heads that read the path")] = "medusa",
+    lm_heads: Annotated[str, typer.Option(help="shared: the backbone's; own: one for each head")] = "shared",
     vocabulary: Annotated[int, typer.Option(help="most frequent tokens that the heads guess among; 0: all")] = 0,
     start_from: Annotated[
         str, typer.Option(help="'none', 'default', 'plain', 'medusa2' or a folder, whose shape is kept")
@@ -255,11 +290,13 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train heads of the default backbone on its own answers."""
+    if vocabulary and lm_heads != "shared":
+        raise ValueError("own lm_heads score all tokens; leave --vocabulary out")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="float32", fused=False)
-    shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, kind=kind)  # type: ignore[arg-type]
+    shape = HeadsConfig(num_heads=num_heads, num_layers=num_layers, lm_heads=lm_heads, kind=kind)  # type: ignore[arg-type]
     heads, adapters = first_heads(backbone, shape, start_from)
     num_heads = heads.num_heads
     reader = backbone if dtype == "float32" else load_backbone(DEFAULT_BACKBONE, dtype=dtype, fused=False)
@@ -273,23 +310,23 @@ def main(
     lm_head = reader.lm_head_weight.detach()
     softmax = SampledSoftmax(lm_head, train.targets)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
-    decay = torch.tensor([HEAD_DECAY**k for k in range(1, num_heads + 1)]).repeat(batch)
+    decay = torch.tensor([HEAD_DECAY**k for k in range(1, num_heads + 1)])
     began = time.time()
     for step, chosen in zip(range(steps), batches(train, batch), strict=False):
-        targets = train.targets[chosen].flatten()
+        targets = train.targets[chosen]
         path = heads.path_embeddings(train.path[chosen], backbone.embed)
         with torch.autocast("cpu", torch.bfloat16, enabled=reader.dtype == torch.bfloat16):
             features = heads.features(train.hidden[chosen].float(), path=path).float()
-        losses, gradient = softmax.gradient(features.detach().flatten(0, 1), targets, decay / batch)
+        optimizer.zero_grad()
+        losses, gradient = gradient_of(softmax, heads, features.detach(), targets, decay / batch)
         share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = lr * share
-        optimizer.zero_grad()
-        features.backward(gradient.view_as(features))
+        features.backward(gradient)
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            counts = (targets != IGNORE).view(-1, num_heads).sum(0)
-            told = ", ".join(f"{x:.3f}" for x in (losses.view(-1, num_heads).sum(0) / counts).tolist())
+            counts = (targets != IGNORE).sum(0)
+            told = ", ".join(f"{x:.3f}" for x in (losses.sum(0) / counts).tolist())
             console.print(
                 f"step {step + 1}: loss by head {told}; {(step + 1) * batch / (time.time() - began):.0f} pos/s"
             )

@@ -71,7 +71,7 @@ def walk(
 ) -> Acceptance:
     """Greedy and rejection acceptance. The backbone chooses only along the path walked; but where nobody looks at the data
     and choosing is a matter of logits alone, at all nodes at once."""
-    if not rows.any_noise and can_walk(logits):
+    if early_exit and not rows.any_noise and can_walk(logits):
         node, next_root = greedy_walk(logits, tokens, tree.parents, rows.max_nodes if rows.any_limit else None)
         return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
     if not early_exit and not rows.any_noise:

@@ -24,7 +24,7 @@ def greedy_walk(logits: Tensor, tokens: Tensor, parents: Tensor, max_nodes: Tens
     """logits [B,N,V], tokens and parents [B,N] → the last accepted node [B] and the token chosen there [B].
 
     Of each row the first `max_nodes` [B] may be accepted. One look at each row walked over, where PyTorch takes a dozen
-    operations for each depth.
+    operations for each depth. For eager steps: what records operations does not see it.
     """
     batch, nodes, vocab_size = logits.shape
     if tokens.stride(1) != 1 or parents.stride(1) != 1:

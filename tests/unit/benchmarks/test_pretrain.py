@@ -9,10 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import pretrain
 from medusa.backbone import load_backbone
 from medusa.checkpoint import load_checkpoint
+from medusa.config import HeadsConfig
+from medusa.heads import MedusaHeads
+from medusa.losses import IGNORE
 from tests.unit.medusa.test_adapters import low_rank, saved
 from tests.unit.medusa.tiny import tiny_backbone
 
@@ -38,7 +42,7 @@ def trained(
         pretrain.main(
             data=[tmp_path / "answers.parquet"], out=tmp_path / kind, steps=120, batch=64, num_heads=2, num_layers=1,
             start_from="none", lr=2e-2, warmup=5, source=None, limit=None, positions=tmp_path / "kept", threads=0,
-            seed=0, kind=kind, dtype=request.param,
+            seed=0, kind=kind, dtype=request.param, lm_heads="shared",
             vocabulary=2 * NUM_KINDS,
         )  # fmt: skip
         checkpoint = load_checkpoint(tmp_path / kind)
@@ -54,6 +58,32 @@ def test_only_heads_that_read_the_path_learn_what_it_alone_tells(trained: dict[s
     for head in range(2):
         assert trained["hydra"][head] > 0.8 * best
         assert trained["medusa"][head] < 0.5 * best
+
+
+@pytest.mark.parametrize("lm_heads", ["shared", "own"])
+def test_gradients_are_those_of_autograd_where_every_token_is_looked_at(lm_heads: str) -> None:
+    backbone = tiny_backbone(vocab_size=300)
+    lm_head = torch.randn(300, backbone.hidden_size)
+    heads = MedusaHeads(
+        HeadsConfig(num_heads=2, lm_heads=lm_heads), hidden_size=backbone.hidden_size, vocab_size=300  # type: ignore[arg-type]
+    )  # fmt: skip
+    features = torch.randn(7, 2, backbone.hidden_size, requires_grad=True)
+    targets, weight = torch.randint(0, 300, (7, 2)), torch.tensor([0.8, 0.64])
+    targets[3, 1] = IGNORE
+    softmax = pretrain.SampledSoftmax(lm_head, targets)
+    losses, gradient = pretrain.gradient_of(softmax, heads, features.detach(), targets, weight)
+    used = [lm_head, lm_head] if lm_heads == "shared" else [head.lm_head.weight for head in heads.heads]
+    logits = torch.stack([features[:, k] @ used[k].t() for k in range(2)], dim=1)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(7, 2)
+    torch.testing.assert_close(losses, want)
+    wanted = torch.autograd.grad((want * weight).sum(), [features, *(used if lm_heads == "own" else [])])
+    found = [gradient, *(weight.grad for weight in used if lm_heads == "own")]
+    torch.testing.assert_close(tuple(found), wanted)
+
+
+def test_own_lm_heads_look_at_all_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave --vocabulary out"):
+        pretrain.main(data=[tmp_path / "none.parquet"], out=tmp_path / "out", lm_heads="own", vocabulary=9)
 
 
 def test_kept_positions_are_those_of_the_same_prompts_answers_and_weights(tmp_path: Path) -> None:
@@ -79,7 +109,7 @@ def test_heads_learn_on_behind_the_backbone_that_their_adapters_tune(
     pretrain.main(
         data=[tmp_path / "answers.parquet"], out=tmp_path / "further", steps=2, batch=8, lr=1e-3, warmup=1,
         start_from=str(saved(tmp_path, original, adapters)), source=None, limit=None, positions=tmp_path / "kept",
-        threads=0, seed=0, kind="medusa", dtype="float32", vocabulary=0, num_heads=9, num_layers=9,
+        threads=0, seed=0, kind="medusa", dtype="float32", lm_heads="shared", vocabulary=0, num_heads=9, num_layers=9,
     )  # fmt: skip
     written = load_checkpoint(tmp_path / "further")
     assert written.heads.num_heads == 3 and written.adapters is not None

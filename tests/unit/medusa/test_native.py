@@ -169,7 +169,7 @@ def test_the_greedy_walk_is_that_of_pytorch(tree: Tree, batch: int, limited: boo
     params = [SamplingParams(tree_nodes=2 + row if limited else None) for row in range(batch)]
     rows, root = SamplingRows.of(params, CPU), torch.zeros(batch, dtype=torch.long)
     trees = tree.on(CPU).rows(batch)
-    ours = acceptance.walk(trees, tokens, logits, rows, root)
+    ours = acceptance.walk(trees, tokens, logits, rows, root, early_exit=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acceptance, "can_walk", lambda _: False)
         for early_exit in (True, False):
