@@ -7,7 +7,8 @@ the time, so this script samples it: every frequent token, every label of the st
 weight in the normaliser is multiplied by how many they stand for (importance sampling; Jean et al., arXiv 1412.2007).
 Held-out accuracy is measured over the whole vocabulary.
 
-The heads in `medusa/pretrained` were made by it and then given the default size that their cards name.
+The plain heads in `medusa/pretrained` were made by it, the others by `benchmarks.gpu.train_default` and given their vocabulary
+here; their cards name the commands.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class SampledSoftmax:
     ) -> tuple[Tensor, Tensor]:
         """features [P·K,D], targets [P·K], weights [P·K] → cross-entropy of each row [P·K], gradient [P·K,D].
 
-        Of an lm_head of a head's `own` [V,D], which takes the place of the shared one, the gradient is written to it."""
+        A head's `own` lm_head [V,D] takes the place of the shared one and gets its gradient too.
+        """
         lm_head = self.lm_head if own is None else own.detach()
         frequent_weight = self.frequent_weight if own is None else lm_head[self.frequent].to(self.lm_head.dtype)
         if own is not None:

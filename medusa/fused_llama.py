@@ -136,7 +136,7 @@ class FusedLlama:
 
     def linear_of_guesses(self, weight: Tensor) -> Linear:
         """The same for what only proposes: in int8, half the bytes, where our kernels multiply it and its width allows that.
-        No greedy and no sampled token depends on it; of typical acceptance it may change which plausible one is taken."""
+        No token of greedy or rejection acceptance depends on it; of typical it may change which plausible one is taken."""
         kernel = self.kernel
         if kernel in NATIVE:
             kernel = Kernel.NATIVE_INT8 if fits_int8(weight.shape[1]) else Kernel.NATIVE

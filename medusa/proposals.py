@@ -95,5 +95,6 @@ def native_heads(heads: MedusaHeads, reader: LmHead, backbone: Backbone) -> Nati
         )
         for head, weights in zip(heads.heads, packed, strict=True)
     ]
+    vocabulary = None if heads.vocabulary is None else heads.vocabulary.long().contiguous()
     embeddings = fused.embedding.detach().contiguous()
-    return NativeHeads(own, lm_head=project, vocabulary=heads.vocabulary, embeddings=embeddings)  # type: ignore[arg-type]
+    return NativeHeads(own, lm_head=project, vocabulary=vocabulary, embeddings=embeddings)  # type: ignore[arg-type]
