@@ -26,6 +26,8 @@ pytestmark = [needs_chromium, pytest.mark.slow]
 
 QUESTION = "Why is <img src=x onerror=alert(1)> the sky blue?"
 IDLE = "!document.getElementById('send').hidden"
+# The random model says for this seed all it may; for others it may end by itself before anyone could stop it.
+LONG: dict[str, Any] = dict(scheme="rejection", max_tokens=180, temperature=1.5, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_plain_decoding_beside_it_gives_the_same_text_one_token_a_step(page: Pag
 def test_escape_stops_and_frees_the_slot_and_the_chat_goes_on(page: Page, serve: Callable) -> None:
     with serve() as (url, loop):
         open_page(page, url)
-        choose(page, scheme="rejection", max_tokens=180, temperature=1.5)
+        choose(page, **LONG)
         ask(page)
         page.wait("document.querySelectorAll('.text .step').length > 2")
         page.press("Escape")
@@ -143,7 +145,7 @@ def test_escape_stops_and_frees_the_slot_and_the_chat_goes_on(page: Page, serve:
 def test_a_new_chat_during_an_answer_knows_nothing_of_it(page: Page, serve: Callable, model: Model) -> None:
     with serve() as (url, _):
         open_page(page, url)
-        choose(page, scheme="rejection", max_tokens=180, temperature=1.5)
+        choose(page, **LONG)
         ask(page)
         page.wait("document.querySelectorAll('.text .step').length > 2")
         page.run("document.getElementById('new-chat').click()")
