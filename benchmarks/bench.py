@@ -82,9 +82,13 @@ def main(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
     prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
-    vllm: Annotated[Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh")] = None,
+    vllm: Annotated[
+        Path | None, typer.Option(exists=True, help="python of vLLM's environment: peers/install_vllm.sh")
+    ] = None,
     vllm_options: Annotated[str, typer.Option(help="further arguments of vLLM's LLM, a JSON object")] = "{}",
-    llama: Annotated[Path | None, typer.Option(help="python of llama.cpp's: peers/install_llama.sh")] = None,
+    llama: Annotated[
+        Path | None, typer.Option(exists=True, help="python of llama.cpp's: peers/install_llama.sh")
+    ] = None,
     gguf: Annotated[Path | None, typer.Option(help="what llama.cpp reads; the default backbone's Q4 without")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,

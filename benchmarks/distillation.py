@@ -62,7 +62,8 @@ def main(
     ] = None,
     follow_load: Annotated[bool, typer.Option("--adaptive", help="also a tree that follows the load")] = False,
     vllm: Annotated[
-        Path | None, typer.Option(help="python of vLLM's environment: peers/install_vllm.sh; it also gets the heads")
+        Path | None,
+        typer.Option(exists=True, help="python of vLLM's environment: peers/install_vllm.sh; it also gets the heads"),
     ] = None,
     vllm_options: Annotated[str, typer.Option(help="further arguments of vLLM's LLM, a JSON object")] = "{}",
     max_tokens: Annotated[int, typer.Option(min=2, help="new tokens of every row")] = 192,

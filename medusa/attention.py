@@ -26,6 +26,15 @@ MAX_TRITON_NODES = 256  # longer chunks of prompts are few: the masked kernel re
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Attention kind → sliding window in positions (None: full), for the kinds that a model's layers have."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+    return {"sliding_attention": window} if window is not None else {"full_attention": None}
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medusa import attention
 from medusa.adapters import Adapters
 from medusa.errors import BackboneError
-from medusa.fused_llama import FusedLlama
+from medusa.fused_llama import FAMILIES, FusedLlama
 from medusa.grammar import GrammarVocabulary
 from medusa.heads import LmHead, LogitTransform, PartialLmHead
 from medusa.kv_cache import KVCache
@@ -75,7 +75,7 @@ class Backbone:
         attention.register()
         self.model.set_attn_implementation(attention.IMPLEMENTATION)
         self.model.eval()
-        self._windows = _layer_windows(self.model.config)
+        self._windows = attention.layer_windows(self.model.config)
         self._cache_argument = _cache_argument(self.model)
         self._fingerprint: str | None = None
 
@@ -284,8 +284,8 @@ def load_backbone(
 ) -> Backbone:
     """A backbone from the built-in default, a folder, or a hub id. Raises BackboneError; ValueError for a bad dtype or device.
 
-    `fused` lets the Llama family run through the fused path where there is one; the generic path is the reference. `int8`
-    rounds the weights of that path, half the bytes of bfloat16: for the Llama family on a CPU with a C compiler.
+    `fused` lets a model that the fused path computes (Llama, Mistral, Qwen 2 and 3) run through it; the generic path is the
+    reference. `int8` rounds the weights of that path, half the bytes of bfloat16: on a CPU with a C compiler.
     `gpu_kernels` is what the fused path runs by on a GPU besides its products: our own Triton kernels ("triton", chosen where
     there are both), or PyTorch's, with a mask ("torch").
     """
@@ -321,8 +321,8 @@ def load_backbone(
         backbone.fused = FusedLlama(model, int8=int8, gpu_kernels=chosen)
     elif int8:
         raise BackboneError(
-            f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for the Llama family through the "
-            "fused path; use bfloat16"
+            f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for {', '.join(FAMILIES)} without "
+            "sliding windows, through the fused path; use bfloat16"
         )
     check_decodable(backbone)
     return backbone
@@ -389,15 +389,6 @@ def _rope_types(config: Any) -> set[str]:
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [value for value in settings.values() if isinstance(value, dict)] or [settings]
     return {str(one.get("rope_type", "default")) for one in each}
-
-
-def _layer_windows(config: Any) -> dict[str, int | None]:
-    """Attention kind → sliding window in positions (None: full), for the kinds that the model's layers have."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
-    return {"sliding_attention": window} if window is not None else {"full_attention": None}
 
 
 def _logit_transform(config: Any) -> LogitTransform:

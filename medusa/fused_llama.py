@@ -1,4 +1,4 @@
-"""A fused forward for the Llama family, beside the generic path and held to it by tests. Knows layers; knows no tree.
+"""A fused forward for Llama, Mistral, Qwen 2 and 3, beside the generic path and held to it by tests. Knows layers; knows no tree.
 
     B sequences, N new positions, D hidden, H query heads, G query heads per key/value head, E head size
 
@@ -19,10 +19,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa import llama_torch
-from medusa.attention import MAX_TRITON_NODES, Attend, GpuKernels, masked_attend, step_mask, triton_attend
+from medusa.attention import (
+    MAX_TRITON_NODES,
+    Attend,
+    GpuKernels,
+    layer_windows,
+    masked_attend,
+    step_mask,
+    triton_attend,
+)
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
 from medusa.linear import NATIVE, Kernel, Linear, kernel_for
+from medusa.llama_torch import HeadEdits
 from medusa.native.build import library
 from medusa.native.linear import PackedWeight, fits_int8
 from medusa.native.llama import NativeLayer, NativeLlama
@@ -30,11 +39,12 @@ from medusa.native.llama import NativeLayer, NativeLlama
 if TYPE_CHECKING:
     from medusa.backbone import Placement
 
-FAMILY = ("llama",)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class FusedLlama:
-    """Same call and same result as the generic path, for a Llama without biases or quantisation.
+    """Same call and same result as the generic path, for a model of FAMILIES that sees its whole context in every layer,
+    without quantisation and without biases but those of queries, keys and values (Qwen 2).
 
     Where weights stay as they are (on a GPU, in float32) the model's own become views of the fused ones; packing them,
     on a CPU, keeps the model's beside the packed ones: twice the memory. Training them afterwards is not for this path.
@@ -44,13 +54,14 @@ class FusedLlama:
     def fits(model: PreTrainedModel) -> bool:
         """Is this a model that the fused path computes exactly?"""
         config: Any = model.config
+        core: Any = model.get_decoder()
         return (
-            config.model_type in FAMILY
-            and not getattr(config, "attention_bias", False)
-            and not getattr(config, "mlp_bias", False)
+            config.model_type in FAMILIES
             and getattr(config, "hidden_act", "") == "silu"
             and getattr(config, "quantization_config", None) is None
             and model.dtype.is_floating_point
+            and all(w is None or w >= config.max_position_embeddings for w in layer_windows(config).values())
+            and not any(_biases(layer.self_attn.o_proj, *layer.mlp.children()) for layer in core.layers)
         )
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False, gpu_kernels: GpuKernels = "torch") -> None:
@@ -88,10 +99,21 @@ class FusedLlama:
         return _Layer(
             norm_attention=layer.input_layernorm.weight.to(self.dtype),
             qkv=self._joined(attn.q_proj, attn.k_proj, attn.v_proj),
+            heads=self._head_edits(attn, self.dtype),
             out=self.linear(attn.o_proj.weight),
             norm_mlp=layer.post_attention_layernorm.weight.to(self.dtype),
             gate_up=self._joined(mlp.gate_proj, mlp.up_proj),
             down=self.linear(mlp.down_proj.weight),
+        )
+
+    def _head_edits(self, attn: Any, dtype: torch.dtype) -> HeadEdits:
+        """What this layer does to its heads before they turn, in `dtype`."""
+        biases = _biases(attn.q_proj, attn.k_proj, attn.v_proj)
+        norms = [attn.q_norm.weight, attn.k_norm.weight] if hasattr(attn, "q_norm") else []
+        return HeadEdits(
+            bias=torch.cat(biases).to(dtype) if biases else None,
+            gains=torch.stack(norms).to(dtype) if norms else None,
+            eps=self.eps,
         )
 
     def _native(self, core: Any, *, max_context: int) -> NativeLlama:
@@ -112,10 +134,13 @@ class FusedLlama:
 
     def _native_layer(self, layer: Any) -> NativeLayer:
         attn, mlp, packed = layer.self_attn, layer.mlp, partial(PackedWeight.of, int8=self.int8)
+        edits = self._head_edits(attn, torch.float32)
         return NativeLayer(
             norm_attention=layer.input_layernorm.weight.float(),
             norm_mlp=layer.post_attention_layernorm.weight.float(),
             query_key_value=packed(torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)])),
+            bias=edits.bias,
+            gains=edits.gains,
             out=packed(attn.o_proj.weight),
             gate=packed(mlp.gate_proj.weight),
             up=packed(mlp.up_proj.weight),
@@ -156,7 +181,8 @@ class FusedLlama:
         normed = between.norm(hidden, self.layers[0].norm_attention, self.eps)
         norms_after = [layer.norm_attention for layer in self.layers[1:]] + [self.norm]
         for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
-            seen = attend(*between.rotate_into(cache, index, layer.qkv(normed), cos, sin, groups=self.groups))
+            qkv = layer.qkv(normed)
+            seen = attend(*between.rotate_into(cache, index, qkv, cos, sin, groups=self.groups, edits=layer.heads))
             hidden, normed = between.add_norm(hidden, layer.out(seen.flatten(2)), layer.norm_mlp, self.eps)
             moved = layer.down(between.gated(layer.gate_up(normed)))
             hidden, normed = between.add_norm(hidden, moved, norm_after, self.eps)
@@ -185,6 +211,11 @@ class FusedLlama:
         return masked_attend(mask, self.groups)
 
 
+def _biases(*layers: Any) -> list[Tensor]:
+    """Those of the linear layers among `layers` that have one."""
+    return [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
+
+
 class _Between(Protocol):
     """`llama_torch` and `llama_triton`."""
 
@@ -195,16 +226,26 @@ class _Between(Protocol):
     def gated(self, gate_up: Tensor, /) -> Tensor: ...
 
     def rotate_into(
-        self, cache: KVCache, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, /, *, groups: int
+        self,
+        cache: KVCache,
+        layer: int,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        /,
+        *,
+        groups: int,
+        edits: HeadEdits,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """The products of one decoder layer."""
+    """One decoder layer's products, and what is done between them by weights."""
 
     norm_attention: Tensor
     qkv: Linear
+    heads: HeadEdits
     out: Linear
     norm_mlp: Tensor
     gate_up: Linear

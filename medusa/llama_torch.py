@@ -7,11 +7,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medusa.kv_cache import KVCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadEdits:
+    """What some families do to heads before they turn: Qwen 2 adds `bias` [(GH+2H)·E], Qwen 3 takes the RMS norm of each
+    query and key head, with gains [2,E] of queries and of keys."""
+
+    bias: Tensor | None = None
+    gains: Tensor | None = None
+    eps: float = 0.0
+
+
+NO_EDITS = HeadEdits()
 
 
 def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,16 +47,29 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 def rotate_into(
-    cache: KVCache, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, *, groups: int
+    cache: KVCache,
+    layer: int,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    groups: int,
+    edits: HeadEdits = NO_EDITS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B,N,(GH+2H)·E] and the rotary tables [B,N,E] → rotated query [B,H,G·N,E], and the layer's keys and values
     [B,H,length,E] with the new ones written behind the rows' offsets."""
     batch, num_new, size = cos.shape
     num_kv = qkv.shape[-1] // size // (groups + 2)
+    if edits.bias is not None:
+        qkv = qkv + edits.bias
     parts = qkv.view(batch, num_new, -1, size).transpose(1, 2)
-    turned = _rotate(parts[:, : num_kv * (groups + 1)], cos.unsqueeze(1), sin.unsqueeze(1))
+    straight, value = parts.split((num_kv * (groups + 1), num_kv), dim=1)
+    if edits.gains is not None:
+        both = straight.split((num_kv * groups, num_kv), dim=1)
+        straight = torch.cat([norm(x, gain, edits.eps) for x, gain in zip(both, edits.gains, strict=True)], dim=1)
+    turned = _rotate(straight, cos.unsqueeze(1), sin.unsqueeze(1))
     query, key = turned.split((num_kv * groups, num_kv), dim=1)
-    keys, values = cache.update(key, parts[:, num_kv * (groups + 1) :], layer)
+    keys, values = cache.update(key, value, layer)
     return query.reshape(batch, num_kv, groups * num_new, size), keys, values
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from medusa.kv_cache import KVCache
+from medusa.llama_torch import NO_EDITS, HeadEdits
 
 WIDTH = 1024  # elements of a program of `gated`
 HEADS = 4  # heads of a program of `rotate_into`
@@ -47,10 +48,10 @@ def _gate(gate_up, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, offsets, query, keys, values, num_new, num_kv, groups, half, stride_slot, stride_head,
-            HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Some heads of one new position: query heads to the query, key heads to the cache, both turned; value heads as they
-    are. `keys` and `values` begin at the first row's slot."""
+def _rotate(qkv, bias, gains, cos, sin, offsets, query, keys, values, num_new, num_kv, groups, half, stride_slot,
+            stride_head, eps, BIAS: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Some heads of one new position: query heads to the query, key heads to the cache, both turned, and with NORM normed
+    before; value heads as they are. `keys` and `values` begin at the first row's slot."""
     token = tl.program_id(0).to(tl.int64)
     sequence, new = token // num_new, token % num_new
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
@@ -61,13 +62,23 @@ def _rotate(qkv, cos, sin, offsets, query, keys, values, num_new, num_kv, groups
     source = qkv + (token * (num_query + 2 * num_kv) + head)[:, None] * size + within[None, :]
     low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        added = bias + head[:, None] * size + within[None, :]
+        low += tl.load(added, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(added + half, mask=inside, other=0.0).to(tl.float32)
+    is_query = inside & (head < num_query)[:, None]
+    plain_low, plain_high = low, high
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(low * low + high * high, axis=1) / size + eps)
+        gain = gains + tl.where(head < num_query, 0, size)[:, None] + within[None, :]
+        low *= scale[:, None] * tl.load(gain, mask=inside, other=0.0).to(tl.float32)
+        high *= scale[:, None] * tl.load(gain + half, mask=inside, other=0.0).to(tl.float32)
     turn = token * size + within
     c = tl.load(cos + turn, mask=within < half, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + turn, mask=within < half, other=0.0).to(tl.float32)[None, :]
     turned_low = (low * c - high * s).to(query.dtype.element_ty)
     turned_high = (high * c + low * s).to(query.dtype.element_ty)
 
-    is_query = inside & (head < num_query)[:, None]
     row = (sequence * num_query + head) * num_new + new  # [B,H,G·N,E]: query head by query head, the nodes of each
     target = query + row[:, None] * size + within[None, :]
     tl.store(target, turned_low, mask=is_query)
@@ -83,8 +94,8 @@ def _rotate(qkv, cos, sin, offsets, query, keys, values, num_new, num_kv, groups
     value_head = key_head - num_kv
     is_value = inside & (value_head >= 0)[:, None]
     target = values + slot + value_head[:, None] * stride_head + within[None, :]
-    tl.store(target, low.to(values.dtype.element_ty), mask=is_value)
-    tl.store(target + half, high.to(values.dtype.element_ty), mask=is_value)
+    tl.store(target, plain_low.to(values.dtype.element_ty), mask=is_value)
+    tl.store(target + half, plain_high.to(values.dtype.element_ty), mask=is_value)
 
 
 def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,7 +130,14 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 def rotate_into(
-    cache: KVCache, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, *, groups: int
+    cache: KVCache,
+    layer: int,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    groups: int,
+    edits: HeadEdits = NO_EDITS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `llama_torch.rotate_into`."""
     batch, num_new, size = cos.shape
@@ -129,7 +147,9 @@ def rotate_into(
     query = torch.empty(batch, num_kv, groups * num_new, size, dtype=qkv.dtype, device=qkv.device)
     half = size // 2
     _rotate[(batch * num_new, triton.cdiv(num_kv * (groups + 2), HEADS))](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), cache.offsets, query, keys, values, num_new, num_kv,
-        groups, half, keys.stride(0), keys.stride(1), HEADS=HEADS, HALF=triton.next_power_of_2(half), num_warps=1,
+        qkv.contiguous(), cos if edits.bias is None else edits.bias, cos if edits.gains is None else edits.gains,
+        cos.contiguous(), sin.contiguous(), cache.offsets, query, keys, values, num_new, num_kv, groups, half,
+        keys.stride(0), keys.stride(1), edits.eps, BIAS=edits.bias is not None, NORM=edits.gains is not None, HEADS=HEADS,
+        HALF=triton.next_power_of_2(half), num_warps=1,
     )  # fmt: skip
     return query, keys, values

@@ -236,6 +236,7 @@ def prompt_table(asked: Iterable[tuple[Prompt, str]]) -> pa.Table:
             pa.field("source", pa.string()),
             pa.field("part", pa.string()),
             pa.field("turns", pa.list_(pa.string())),
+            pa.field("category", pa.string()),
             pa.field("system", pa.string()),
             pa.field("temperature", pa.float64()),
             pa.field("top_p", pa.float64()),

@@ -211,6 +211,7 @@ def ask(model: Model, prompts: Sequence[Prompt], max_tokens: int, told: Told) ->
     questions = []
     for prompt in prompts:
         messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+        category = prompt.category or prompt.source
         for turn, text in enumerate(prompt.turns, start=1):
             messages.append({"role": "user", "content": text})
             try:
@@ -221,7 +222,7 @@ def ask(model: Model, prompts: Sequence[Prompt], max_tokens: int, told: Told) ->
             if len(ids) + max_tokens > length:
                 logger.warning("prompt %s, turn %d has %d tokens, too many; left out", prompt.id, turn, len(ids))
                 break
-            questions.append(Question(prompt=prompt.id, turn=turn, category=prompt.source, ids=ids))
+            questions.append(Question(prompt=prompt.id, turn=turn, category=category, ids=ids))
             if turn < len(prompt.turns):
                 plain = _roomy(plain, model, len(ids) + max_tokens)
                 answer = trace(plain, ids, _params(GREEDY, max_tokens))

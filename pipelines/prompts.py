@@ -7,7 +7,7 @@ Shapes of a record, the first that fits:
     instruction    Alpaca           with an optional "input"
     prompt | text | question        plain text
 Only what the user said (and a system message) is kept: the backbone writes the answers itself, turn by turn. A record
-may carry its own `id`, `source` (or `category`), `temperature`, `top_p` and `seed`.
+may carry its own `id`, `source`, `category`, `temperature`, `top_p` and `seed`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ _ALL_TOLD = 20  # bad records that are named one by one; the rest are counted
 class Prompt:
     """One conversation's user side: `turns` in order, none empty. `id` is unique among the prompts read together.
 
+    `source` names the collection it comes from, `category` its kind within it, by which an evaluation is told apart.
     Sampling settings that are None are the configured ones.
     """
 
     id: str
     source: str
     turns: tuple[str, ...]
+    category: str | None = None
     system: str | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -147,8 +149,9 @@ def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
         raise ValueError("half of a surrogate pair in its text, which is not Unicode") from None
     prompt = Prompt(
         id="",
-        source=str(row.get("source") or row.get("category") or source),
+        source=str(row.get("source") or source),
         turns=turns,
+        category=str(row["category"]) if row.get("category") else None,
         system=system,
         temperature=_number(
             row, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"

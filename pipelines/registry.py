@@ -368,8 +368,8 @@ class Registry:
         known = self._client.get_experiment_by_name(name)
         if known is not None and known.lifecycle_stage != "active":
             raise StageError(
-                f"experiment {name} was deleted in {self.tracking_uri}; restore it there, or set registry.experiment to "
-                "another name"
+                f"experiment {name} was deleted in {without_credentials(self.tracking_uri)}; restore it there, or set "
+                "registry.experiment to another name"
             )
         if known is not None:
             return str(known.experiment_id)

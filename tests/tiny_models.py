@@ -99,6 +99,16 @@ def make_tiny_backbone_model(
     return model.to(dtype).eval()
 
 
+def with_drawn_vectors(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with norms and biases drawn as well: as they are made, all ones and zeros, leaving them out would not show."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight += (0.3 * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
+    return model
+
+
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of VOCAB_SIZE tokens with a ChatML template: any text goes in, and comes out again unchanged."""
     tokenizer = Tokenizer(models.BPE())

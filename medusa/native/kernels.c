@@ -1,5 +1,5 @@
-/* A decoding step of the Llama family on a CPU: products, norms, rotary embedding, cache and tree attention; and what Medusa
-   heads guess for it.
+/* A decoding step of Llama, Mistral, Qwen 2 or 3 on a CPU: products, norms, rotary embedding, cache and tree attention; and
+   what Medusa heads guess for it.
 
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
@@ -84,6 +84,7 @@ typedef struct {
 
 typedef struct {
     const float *norm_attention, *norm_mlp;
+    const float *bias, *gains; /* NULL where there is none: [(G + 2) H E] of queries, keys, values; [2][E] of head norms */
     Weight query_key_value, out, gate, up, down;
 } Layer;
 
@@ -575,8 +576,9 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half)
     }
 }
 
-/* Rotate queries and keys of this thread's rows and put keys and values where they belong. */
-static void place(const Model *m, const Step *s, uint16_t *cache, float *qkv, int64_t thread, int64_t threads)
+/* Finish queries and keys of this thread's rows and put keys and values where they belong. */
+static void place(const Model *m, const Layer *layer, const Step *s, uint16_t *cache, float *qkv, int64_t thread,
+                  int64_t threads)
 {
     const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
     int64_t row, last;
@@ -584,7 +586,13 @@ static void place(const Model *m, const Step *s, uint16_t *cache, float *qkv, in
     for (; row < last; row++) {
         const int64_t b = row / s->num_new, slot = s->offsets[b] + row % s->num_new, at = s->positions[row] * (size / 2);
         float *query = qkv + row * width, *key = query + m->groups * heads * size, *value = key + heads * size;
-        for (int64_t h = 0; h < (m->groups + 1) * heads; h++) rotate(query + h * size, m->cos + at, m->sin + at, size / 2);
+        if (layer->bias)
+            for (int64_t i = 0; i < width; i++) query[i] += layer->bias[i];
+        for (int64_t h = 0; h < (m->groups + 1) * heads; h++) {
+            float *head = query + h * size;
+            if (layer->gains) norm(head, layer->gains + (head < key ? 0 : size), m->eps, size, head);
+            rotate(head, m->cos + at, m->sin + at, size / 2);
+        }
         for (int64_t h = 0; h < heads; h++) {
             uint16_t *to = cache + b * s->slot_stride + h * s->head_stride + slot * size;
             for (int64_t i = 0; i < size; i += LANES) {
@@ -1279,7 +1287,7 @@ void medusa_layers(const Model *m, const Step *s)
 #pragma omp barrier
             product(&layer->query_key_value, normed, rows, qkv, 0, bands, thread, threads);
 #pragma omp barrier
-            place(m, s, cache, qkv, thread, threads);
+            place(m, layer, s, cache, qkv, thread, threads);
 #pragma omp barrier
             attention(m, s, cache, seen_by, qkv, seen, weights + thread * p.per_thread, thread, threads);
 #pragma omp barrier

@@ -1,4 +1,4 @@
-"""All layers of a Llama in one call. Knows weights and placements; what is computed stands in kernels.c.
+"""All layers of a Llama, Mistral, Qwen 2 or 3 in one call. Knows weights and placements; what is computed stands in kernels.c.
 
 B sequences, N new positions, D hidden, C positions of the context, E head size
 """
@@ -26,6 +26,8 @@ class CLayer(ctypes.Structure):
     _fields_ = (
         ("norm_attention", ctypes.c_void_p),
         ("norm_mlp", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("gains", ctypes.c_void_p),
         ("query_key_value", CWeight),
         ("out", CWeight),
         ("gate", CWeight),
@@ -73,10 +75,13 @@ class CStep(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class NativeLayer:
-    """One layer's weights: norms [D] in float32, products packed."""
+    """One layer's weights, products packed, the rest in float32: norms [D] and, where the family has them, the bias of
+    queries, keys and values and the gains [2,E] of query and key heads' own norms."""
 
     norm_attention: Tensor
     norm_mlp: Tensor
+    bias: Tensor | None = None
+    gains: Tensor | None = None
     query_key_value: PackedWeight
     out: PackedWeight
     gate: PackedWeight
@@ -85,7 +90,8 @@ class NativeLayer:
 
     def c(self) -> CLayer:
         products = {name: getattr(self, name).c() for name in ("query_key_value", "out", "gate", "up", "down")}
-        return CLayer(norm_attention=self.norm_attention.data_ptr(), norm_mlp=self.norm_mlp.data_ptr(), **products)
+        rest = {name: getattr(self, name) for name in ("norm_attention", "norm_mlp", "bias", "gains")}
+        return CLayer(**{name: weight.data_ptr() for name, weight in rest.items() if weight is not None}, **products)
 
 
 class NativeLlama:

@@ -28,7 +28,14 @@ from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
 from medusa.tree import Tree
-from tests.tiny_models import FAMILIES, make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder
+from tests.tiny_models import (
+    FAMILIES,
+    MAX_CONTEXT,
+    make_tiny_backbone_model,
+    make_tiny_tokenizer,
+    save_tiny_folder,
+    with_drawn_vectors,
+)
 from tests.unit.medusa.tiny import chain_placement
 
 SMALL: dict[str, Any] = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
@@ -131,11 +138,15 @@ def test_sources_that_do_not_exist_get_one_line(tmp_path: Path) -> None:
         load_backbone(tmp_path, dtype="int3")
 
 
+FUSED: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fused_path_equals_the_generic_one(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("family", FUSED)
+def test_the_fused_path_equals_the_generic_one(family: str, dtype: torch.dtype) -> None:
     """A prompt, then a tree behind prefixes of different lengths. In low precision the oracle is float64, and the fused
     path, whatever kernel this CPU gives it, may err no more than twice what the generic one does."""
-    model = make_tiny_backbone_model("llama", 4).to(dtype)
+    model = with_drawn_vectors(make_tiny_backbone_model(family, 4, **FUSED[family])).to(dtype)
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
     generic = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama")
     fused = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama", fused=FusedLlama(model))
@@ -169,6 +180,10 @@ def test_fusing_adds_no_copy_of_weights_that_stay_as_they_are() -> None:
 
 
 def test_the_fused_path_declines_what_it_does_not_compute() -> None:
-    assert FusedLlama.fits(make_tiny_backbone_model("llama"))
-    assert not FusedLlama.fits(make_tiny_backbone_model("llama", attention_bias=True))
+    for family, overrides in FUSED.items():
+        assert FusedLlama.fits(make_tiny_backbone_model(family, **overrides))
+    assert FusedLlama.fits(make_tiny_backbone_model("mistral", sliding_window=MAX_CONTEXT))
+    for family, field in (("llama", "attention_bias"), ("llama", "mlp_bias"), ("qwen3", "attention_bias")):
+        assert not FusedLlama.fits(make_tiny_backbone_model(family, **{field: True}))
+    assert not FusedLlama.fits(make_tiny_backbone_model("mistral", sliding_window=MAX_CONTEXT - 1))
     assert not FusedLlama.fits(make_tiny_backbone_model("gemma2"))

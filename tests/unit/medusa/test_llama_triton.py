@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton (it comes with CUDA builds of torch)")
 from medusa import llama_torch, llama_triton
 from medusa.kv_cache import KVCache
+from medusa.llama_torch import HeadEdits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = (
@@ -48,11 +49,17 @@ def test_gates(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("edited", ["", "bias", "norms", "bias and norms"])
 @pytest.mark.parametrize(("heads", "groups", "size", "new"), [(2, 1, 8, 1), (3, 3, 64, 5), (1, 5, 24, 2)])
 def test_heads_turn_and_keys_and_values_lie_where_the_cache_has_them(
-    heads: int, groups: int, size: int, new: int, dtype: torch.dtype
+    heads: int, groups: int, size: int, new: int, edited: str, dtype: torch.dtype
 ) -> None:
     found = []
+    edits = HeadEdits(
+        bias=drawn(heads * (groups + 2) * size, dtype=dtype) if "bias" in edited else None,
+        gains=drawn(2, size, dtype=dtype) if "norms" in edited else None,
+        eps=1e-5,
+    )
     qkv = drawn(2, new, heads * (groups + 2) * size, dtype=dtype)
     angle = drawn(2, new, size // 2).repeat(1, 1, 2)
     before = drawn(4, 3, heads, 20, size, dtype=dtype)
@@ -69,9 +76,8 @@ def test_heads_turn_and_keys_and_values_lie_where_the_cache_has_them(
         )
         cache.store.copy_(before)
         cache.begin(first_slot=1, offsets=offsets, num_new=new, length=16)
-        found.append(
-            (*ops.rotate_into(cache, 1, qkv, angle.cos().to(dtype), angle.sin().to(dtype), groups=groups), cache.store)
-        )
+        turned = (angle.cos().to(dtype), angle.sin().to(dtype))
+        found.append((*ops.rotate_into(cache, 1, qkv, *turned, groups=groups, edits=edits), cache.store))
     for want, got in zip(*found, strict=True):
         assert want.shape == got.shape
         torch.testing.assert_close(got, want, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])

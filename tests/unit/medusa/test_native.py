@@ -32,7 +32,7 @@ from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles
 from medusa.proposals import Proposer
 from medusa.sampling import SamplingRows
 from medusa.tree import RowTrees, Tree
-from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder
+from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder, with_drawn_vectors
 from tests.unit.medusa.tiny import chain_placement, random_heads, trees
 
 CPU = torch.device("cpu")
@@ -60,12 +60,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def tiny(seed: int = 4, *, groups: int = 2, int8: bool = False, hidden_size: int = 64) -> tuple[Backbone, Backbone]:
+def tiny(
+    seed: int = 4, *, family: str = "llama", groups: int = 2, int8: bool = False, hidden_size: int = 64
+) -> tuple[Backbone, Backbone]:
     """(through the kernels, in float64), the same weights. Head size 16, widths that fill no whole panel."""
-    model = make_tiny_backbone_model(
-        "llama", seed, torch.bfloat16, hidden_size=hidden_size, head_dim=16, num_attention_heads=4,
+    made = make_tiny_backbone_model(
+        family, seed, torch.bfloat16, hidden_size=hidden_size, head_dim=16, num_attention_heads=4,
         num_key_value_heads=4 // groups, intermediate_size=74, vocab_size=301, initializer_range=0.15,
     )  # fmt: skip
+    model = with_drawn_vectors(made)
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
     fused = FusedLlama(model, int8=int8)
     assert fused.native is not None
@@ -183,9 +186,11 @@ def gap(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("family", "groups"), [("llama", 1), ("llama", 2), ("llama", 4), ("qwen2", 2), ("qwen3", 1), ("qwen3", 2)]
+)
 def test_layers_equal_the_model_in_float64(
-    groups: int, threads: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, groups: int, threads: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt, then a tree behind prefixes of different lengths: hidden states, keys and values.
 
@@ -193,7 +198,7 @@ def test_layers_equal_the_model_in_float64(
     fall to different sides. Tiles round all that they multiply, by up to half a unit in 256.
     """
     near = 1e-2 if tiles else 1e-3
-    backbones = tiny(groups=groups)
+    backbones = tiny(family=family, groups=groups)
     ids = torch.randint(0, 300, (2, 9))
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]).on(CPU)
     behind = Placement(
@@ -272,11 +277,11 @@ def test_int8_weights_decode_nearly_as_they_were(tmp_path: Path) -> None:
 
 
 def test_int8_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in ("qwen2", "llama"):
+    for family in ("gemma2", "llama"):
         save_tiny_folder(tmp_path / family, family, seed=4)
-    with pytest.raises(BackboneError, match=r"qwen2.* int8 weights, which are for the Llama family"):
-        load_backbone(tmp_path / "qwen2", dtype="int8")
-    with pytest.raises(BackboneError, match="int8 weights, which are for the Llama family through the fused path"):
+    with pytest.raises(BackboneError, match=r"gemma2.* int8 weights, which are for llama, mistral, qwen2, qwen3"):
+        load_backbone(tmp_path / "gemma2", dtype="int8")
+    with pytest.raises(BackboneError, match="int8 weights, which are for llama, mistral, qwen2, qwen3"):
         load_backbone(tmp_path / "llama", dtype="int8", fused=False)
     monkeypatch.setattr(fused_llama, "library", lambda: None)
     with pytest.raises(BackboneError, match="int8 weights need a CPU with a C compiler"):

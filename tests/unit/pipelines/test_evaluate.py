@@ -141,6 +141,15 @@ def test_a_second_turn_stands_behind_the_models_own_first_answer(model: medusa.M
     assert second.ids == model.encode(chat)
 
 
+def test_answers_are_told_apart_by_category_and_where_there_is_none_by_source(model: medusa.Model) -> None:
+    prompts = [
+        Prompt(id="p", source="mt_bench", category="writing", turns=("Hello",)),
+        Prompt(id="q", source="mt_bench", category="math", turns=("Hello",)),
+        Prompt(id="r", source="own", turns=("Hello",)),
+    ]
+    assert [question.category for question in ask(model, prompts, 8, lambda _: None)] == ["writing", "math", "own"]
+
+
 def test_a_turn_that_outgrows_the_context_is_left_out_with_those_behind_it(model: medusa.Model) -> None:
     prompts = [
         Prompt(id="p", source="s", turns=("Hello", "x " * 200, "Bye")),

@@ -177,7 +177,7 @@ def test_evaluation_takes_the_turns_of_the_mt_bench_shape(tmp_path: Path) -> Non
     file = tmp_path / "q.jsonl"
     file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
     (prompt,) = evaluation_prompts(EvaluateSection(path=file))
-    assert (prompt.id, prompt.source, prompt.turns) == ("81", "writing", ("one", "two"))
+    assert (prompt.id, prompt.source, prompt.category, prompt.turns) == ("81", "q", "writing", ("one", "two"))
     (prompt,) = evaluation_prompts(EvaluateSection(path=file, max_turns=1))
     assert prompt.turns == ("one",)
 
