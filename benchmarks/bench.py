@@ -81,6 +81,10 @@ def main(
         typer.Option(help="another set, with the first tree; repeat it. Of kind medusa, vLLM takes it"),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="sequences answered together; repeat it")] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="answers of each place of a batch, one behind the other, as a busy server has them"),
+    ] = 1,
     prompt_lookup: Annotated[int, typer.Option(min=0, help="also generate with prompt lookup of so many tokens")] = 0,
     vllm: Annotated[
         Path | None, typer.Option(exists=True, help="python of vLLM's environment: peers/install_vllm.sh")
@@ -112,6 +116,11 @@ def main(
         raise ValueError(
             "a chain beside vLLM is for heads that vLLM takes too; give --heads plain, or leave the chain out"
         )
+    if vllm and rounds > 1 and len(batches) > 1:
+        raise ValueError(
+            f"vLLM is started once, for {max(batches)} sequences, and --rounds {rounds} would fill them at every batch; "
+            "give one --batch at a time"
+        )
     rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
     sets = {f"{label}: ": with_heads(model, name, backbone) for label, name in labelled(also_heads or []).items()}
     encoded = [model.encode(list(row.messages)) for row in rows]
@@ -142,7 +151,13 @@ def main(
                     )
                     ours += trees
                 sections[size] = measure_section(
-                    ours, others, encoded, num_tokens=max_tokens, num_repeats=repeats, bandwidth=bandwidth
+                    ours,
+                    others,
+                    encoded,
+                    num_rounds=rounds,
+                    num_tokens=max_tokens,
+                    num_repeats=repeats,
+                    bandwidth=bandwidth,
                 )
     versions = ", ".join(dict.fromkeys(peer.version for peer in peers))
 
@@ -154,7 +169,9 @@ def main(
     if save_results:
         kind = dtype_name(model)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats}
-        settings |= {"batch": " and ".join(map(str, batches))} | ({"beside": versions} if versions else {})
+        settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds} | (
+            {"beside": versions} if versions else {}
+        )
         stem = f"speed-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
         figures: dict[str, object] = {f"batch {size}": section.as_dict() for size, section in sections.items()}
         page = save(

@@ -38,7 +38,7 @@ class Turn:
 
 
 class Contender(Protocol):
-    """One way to answer up to `max_batch_size` prompts together."""
+    """One way to answer prompts, up to `max_batch_size` of them at a time."""
 
     name: str
     max_batch_size: int

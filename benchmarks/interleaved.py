@@ -71,15 +71,20 @@ def measure_section(
     others: Sequence[Contender],
     prompts: Sequence[list[int]],
     *,
+    num_rounds: int = 1,
     num_tokens: int,
     num_repeats: int,
     bandwidth: float,
 ) -> Section:
-    """`ours` are plain and trees, made for one batch size; of the others those that can take so many take part."""
+    """`ours` are plain and trees, made for one batch size; of the others those that can take so many take part.
+
+    With several rounds each place of a batch (of more than one) gives so many answers: whoever is done early goes on with
+    the next, where in one round it waits for the slowest.
+    """
     plain, trees = ours[0], ours[1:]
     batch = plain.max_batch_size
     able = [other for other in others if other.max_batch_size >= batch]
-    groups = in_groups(prompts, batch)
+    groups = in_groups(prompts, batch * num_rounds if batch > 1 else 1)
     repeats = run_interleaved([*able, *ours], groups, num_tokens=num_tokens, num_repeats=num_repeats)
     first, comparison = repeats[0], compare(repeats, plain=PLAIN, trees=[tree.name for tree in trees])
     mean_context = sum(map(len, prompts)) // len(prompts) + num_tokens // 2
