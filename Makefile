@@ -5,7 +5,7 @@
 #   make lint     ruff, mypy, import contracts
 #   make bench    speed against transformers' generate, on a quiet machine
 #   make format   put the sources into the form that `make lint` wants
-#   make clean    remove .venv and what the commands above wrote here
+#   make clean    remove .venv, builds and caches; runs (medusa-demo, medusa-work) stay
 #
 # Where pip's default torch is a CUDA build and there is no GPU, a CPU build is much smaller:
 #   make install PIP_TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"

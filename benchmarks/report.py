@@ -23,7 +23,8 @@ class Grid:
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.rows]
-        return "\n".join([f"### {self.title}", "", *("| " + " | ".join(line) + " |" for line in lines)])
+        rows = ("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |" for line in lines)
+        return "\n".join([f"### {self.title}", "", *rows])
 
     def show(self, console: Console) -> None:
         console.print(f"\n{self.title}", style="bold", highlight=False)

@@ -80,7 +80,7 @@ def import_(
     if folder.exists():
         raise ValueError(f"{folder} exists; give a new folder")
     if backbone is None and not holds_backbone(source):
-        raise ValueError(f"{source} holds heads alone; say what they were trained on (--backbone)")
+        raise ValueError(f"{source} holds no backbone; say what its heads were trained on (--backbone)")
     loaded = load_backbone(backbone or source, dtype="float32", device="cpu", fused=False)
     imported = import_heads(source, folder, backbone=loaded, choices=choices)
     _tell(imported.notes)

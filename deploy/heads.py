@@ -17,6 +17,9 @@ from pipelines.registry import Version, tracking_uri, without_credentials
 
 logger = logging.getLogger(__name__)
 
+DEFAULT, PLAIN = "default", "plain"
+STAND_INS = {DEFAULT: "the heads that come with the backbone", PLAIN: "the backbone without heads"}  # label → in words
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOrigin:
@@ -85,8 +88,8 @@ def _default(
         model = load_model(backbone, heads) if plain is None else successor(plain, backbone, heads)
     except CheckpointError as error:
         logger.warning("%s; answers are decoded plainly", error)
-        return HeadsOrigin(label="plain", stands_in=stands_in), plain or load_model(backbone, None)
-    return HeadsOrigin(label="default", stands_in=stands_in), model
+        return HeadsOrigin(label=PLAIN, stands_in=stands_in), plain or load_model(backbone, None)
+    return HeadsOrigin(label=DEFAULT, stands_in=stands_in), model
 
 
 def load_model(backbone: BackboneSection, heads: Path | None) -> Model:

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 
 from deploy.app import create_app
 from deploy.autoscaling import RUNNING, SLOTS, WAITING
+from deploy.heads import STAND_INS
 from deploy.outlets import RayOutlet
 from deploy.replica import ModelHost
 from deploy.service import Service
@@ -31,6 +32,7 @@ from medusa.errors import MedusaError
 from pipelines.cluster import ray_session
 from pipelines.config import Config, ServeSection
 from pipelines.errors import ConfigError
+from pipelines.registry import tracking_uri, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,10 @@ class Replica:
         load = self._host.loop.load
         return {RUNNING: load.running, WAITING: load.waiting, SLOTS: load.slots}
 
+    async def version(self) -> str:
+        """What new requests are answered with: a label of `deploy.heads`."""
+        return self._host.version
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; True when those that run have ended, False when `timeout_s` was not enough.
 
@@ -143,7 +149,8 @@ def serving(config: Config) -> Iterator[str]:
                 try:
                     serve.run(single, name=APPLICATION, route_prefix="/", logging_config=_quiet_logging())
                 except RuntimeError as error:
-                    raise ServeError(f"no replica came up: {_cause()}") from error
+                    report = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message
+                    raise ServeError(f"no replica came up: {cause_of(report)}") from error
                 yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
             finally:  # of `serve.run` too: a replica answers a little before Serve says that it runs
                 _finish_answers(config.serve.drain_s)
@@ -179,10 +186,20 @@ def _drained(timeout_s: float) -> bool:
     return bool(replica.drain.remote(timeout_s).result(timeout_s=timeout_s + 10))
 
 
+def _served(config: Config) -> str:
+    """What is answered with, in words: a mistyped `workdir` would else serve the default heads in silence."""
+    version = str(serve.get_deployment_handle(DEPLOYMENT, APPLICATION).version.remote().result(timeout_s=10))
+    if version not in STAND_INS:
+        return version
+    where = without_credentials(tracking_uri(config))
+    return f"{STAND_INS[version]}: no version is {config.serve.alias!r} in {where}, or none that can be served"
+
+
 def run(config: Config) -> None:
     """Serve until Ctrl-C or SIGTERM, then finish the answers under way and stop cleanly."""
     try:
         with serving(config) as url:
+            logger.info("serving %s", _served(config))
             logger.info("ready: %s/v1; Ctrl-C stops", url)
             threading.Event().wait()
     except KeyboardInterrupt:
@@ -235,9 +252,9 @@ def _quiet_logging() -> dict[str, Any]:
     return {"log_level": "WARNING", "enable_access_log": False}
 
 
-def _cause() -> str:
-    """The replica's own error: the last line of Serve's report of it that names an exception."""
-    report = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message
+def cause_of(report: str) -> str:
+    """A replica's own error: the last line of Serve's report of it that names an exception and says more than that one was
+    raised elsewhere."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    named = [line for line in lines if re.match(r"(\w+\.)*[A-Z]\w*: (?!Traceback )", line)]
     return (named or lines or ["Serve does not say why"])[-1]

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from medusa.engine import Stats
 from medusa.generate import Chunk, Generation
@@ -52,10 +54,10 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def versions_table(entries: Iterable[Entry]) -> Table:
-    """The registry's versions, as `pipelines.listing` tells of them."""
-    table = Table(title="Registered versions", title_justify="left")
-    for name in ("version", "aliases", "created", "nodes", "acceleration", "speedup", "identity", "perplexity", "gate"):
+def versions_table(entries: Sequence[Entry]) -> Group:
+    """The registry's versions, as `pipelines.listing` tells of them; what the gate said of each below, a line or more."""
+    table = Table(title="Registered versions", title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+    for name in ("version", "alias", "created", "nodes", "rate", "speedup", "same", "ppl"):
         table.add_column(name, overflow="fold")
     for entry in entries:
         found = entry.evaluation
@@ -69,9 +71,8 @@ def versions_table(entries: Iterable[Entry]) -> Table:
             f"{found.speedup:.2f}×" if found else "–",
             f"{found.identity_checked - found.identity_differing}/{found.identity_checked}" if found else "–",
             f"{max(quality.answers.rise, quality.text.rise):+.2%}" if quality else "–",
-            entry.verdict,
         )
-    return table
+    return Group(table, *(Text(f"version {entry.version}: {entry.verdict}") for entry in entries))
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class DynamicTree:
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= self.superset.num_nodes:
             raise ValueError(
-                f"a dynamic tree must keep 1 to {self.superset.num_nodes} nodes of its superset, got {self.num_nodes}"
+                f"a dynamic tree of these heads has 1 to {self.superset.num_nodes} nodes, got {self.num_nodes}"
             )
         if self.temperatures is not None and not all(value > 0 for value in self.temperatures):
             raise ValueError(f"head temperatures must lie above 0, got {list(self.temperatures)}")

@@ -165,7 +165,7 @@ class Model:
             return tree
         if isinstance(tree, str):
             kind, _, count = tree.partition(":")
-            if tree.isdecimal():
+            if tree.removeprefix("-").isdecimal():
                 return self._choose(int(tree))
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
                 raise ValueError(f'tree must be a number of nodes, "dynamic" or "dynamic:N", got {tree!r}')
@@ -265,7 +265,10 @@ def _generation(completion: Completion, stream: TextStream) -> Generation:
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(each, str) for each in stops):
+        raise ValueError(f"stop must be a text or several, got {stop!r}")
+    return list(stops)
 
 
 def _as_batch(prompts: Any) -> tuple[bool, list[Any]]:

@@ -6,6 +6,7 @@ Each default stands here and nowhere else; the files in `configs/` hold only wha
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ CONFIGS = Path(__file__).parent / "configs"
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
-KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _absolute_folder(text: str) -> str:
@@ -58,10 +58,26 @@ def _no_uri(path: object) -> object:
     return path
 
 
+def _key_hash(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError("must be the SHA-256 of a key, 64 hexadecimal digits, as `medusa key new` prints it")
+    return text
+
+
+def _tree_name(tree: int | str) -> int | str:
+    if isinstance(tree, str) and not re.fullmatch(r"dynamic(:[1-9]\d*)?", tree):
+        raise ValueError(f'must be a number of nodes (1: plain), "dynamic" or "dynamic:N", got {tree!r}')
+    if isinstance(tree, int) and tree < 1:
+        raise ValueError(f"must be 1 node (plain) or more, got {tree}")
+    return tree
+
+
 NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute_source)]
 Sources = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_one_or_several)]
+KeyHash = Annotated[str, AfterValidator(_key_hash)]
+TreeName = Annotated[int | str, AfterValidator(_tree_name)]
 MountedPath = Annotated[Path, BeforeValidator(_no_uri), AfterValidator(_absolute)]
 
 
@@ -330,9 +346,6 @@ class RunSection(Section):
 
     first: StageName = "distill"
     last: StageName = "promote"
-
-
-TreeName = PositiveInt | Annotated[str, Field(pattern=r"^dynamic(:[1-9]\d*)?$")]
 
 
 class ServeSection(Section):

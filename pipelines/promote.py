@@ -100,7 +100,11 @@ def rollback(config: Config) -> PromoteResult:
         while earlier and earlier[-1] == champion:
             earlier.pop()
         if not earlier:
-            raise StageError(f"{registry.model_name} has no earlier champion to go back to")
+            if not champion:
+                raise StageError(f"{registry.model_name} has no champion to go back from; `medusa promote` makes one")
+            raise StageError(
+                f"version {champion} of {registry.model_name} is its first champion: there is none to go back to"
+            )
         registry.tag(champion, {TAG_ROLLED_BACK: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
         registry.crown(earlier, lease)
     return PromoteResult(champion=earlier[-1], previous=champion)

@@ -64,13 +64,17 @@ class Parts:
 def prompt_parts(config: PromptsSection, self_prompted: Sequence[Prompt] = ()) -> Parts:
     """The prompts that distillation answers, cut to the configured limits. Raises ConfigError, PromptError.
 
-    `self_prompted` come behind those of the files; without files they stand alone.
+    `self_prompted` come behind those of the files; without files they stand alone. Of few prompts, of which chance would
+    give calibration none, it gets the one that is nearest to it.
     """
     if config.path is None and not self_prompted:
         train, calibration = builtin_prompts("train"), builtin_prompts("calibration")
     else:
         prompts = [*(read_prompts(config.path) if config.path is not None else ()), *self_prompted]
-        calibration = [prompt for prompt in prompts if share_of(prompt.id, "calibration") < config.calibration_share]
+        shares = {prompt.id: share_of(prompt.id, "calibration") for prompt in prompts}
+        calibration = [prompt for prompt in prompts if shares[prompt.id] < config.calibration_share]
+        if not calibration and config.calibration_share and len(prompts) > 1:
+            calibration = [min(prompts, key=lambda prompt: shares[prompt.id])]
         chosen = {prompt.id for prompt in calibration}
         train = [prompt for prompt in prompts if prompt.id not in chosen]
     cut = [_cut(part, config.max_turns) for part in (train[: config.limit], calibration[: config.calibration_limit])]
@@ -104,7 +108,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """Every prompt of a source (see `prompt_files`) or of several, in their order; equal ones once.
 
-    A record that is no prompt is handed to `report` as "file:line: why" and the others go on. Where one id names
+    A record that is no prompt is handed to `report` as "file:line is left out: why" and the others go on. Where one id names
     different prompts, each takes an id of its own. Raises ConfigError when a source is missing or damaged, PromptError
     when nothing in it is a prompt.
     """
@@ -115,14 +119,14 @@ def read_prompts(
         for number, read in file.records():
             try:
                 prompt = parse_prompt(read(), source=file.stem)
-                found.setdefault(replace(prompt, source=""), prompt)
+                found.setdefault(replace(prompt, source="", category=None), prompt)
             except ValueError as error:
                 num_faults += 1
                 first_fault = f"{number}: {error}" if num_faults == 1 else first_fault
                 if num_faults <= _ALL_TOLD:
-                    report(f"{file.name}:{number}: {error}")
+                    report(f"{file.name}:{number} is left out: {error}")
     if num_faults > _ALL_TOLD:
-        report(f"{num_faults - _ALL_TOLD} more records are no prompts")
+        report(f"{num_faults - _ALL_TOLD} more records are no prompts and left out")
     if not found:
         shapes = "messages, conversations, turns, instruction or prompt"
         raise PromptError(f"{', '.join(sources)} holds no prompt ({first_fault}); each record must have {shapes}")

@@ -134,7 +134,7 @@ def read_answers(folder: Path, part: str) -> Answers:
     found = (row for row in scan(folder, _READ) if row["part"] == part and row["error"] is None)
     rows = {(row["id"], row["prompt_id"]): row for row in found}  # "p/2" may be a turn of "p", or a prompt
     if not rows:
-        share = "; a small prompts file needs a larger prompts.calibration_share" if part == CALIBRATION else ""
+        share = ", with prompts.calibration_share above 0 and two prompts or more" if part == CALIBRATION else ""
         raise StageError(f"no {part} answers in {folder}; run `distill` first{share}")
     ordered = [rows[key] for key in sorted(rows)]
     backbones = sorted({row["backbone"] for row in ordered})

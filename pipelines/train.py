@@ -19,7 +19,7 @@ from typing import Any
 
 from medusa.errors import MedusaError
 from medusa.folders import whole_folder
-from medusa.pretrained import SUFFIXES
+from medusa.pretrained import NAMES, SUFFIXES
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config, TrainSection
@@ -124,15 +124,15 @@ def check(config: Config) -> None:
     if getattr(train, batch) % train.num_lanes:
         raise ConfigError(f"train.{batch} {getattr(train, batch)} must be a multiple of train.shards {train.num_lanes}")
     if train.warmup_steps >= train.steps:
-        raise ConfigError(f"train.warmup_steps {train.warmup_steps} must be less than train.steps {train.steps}")
+        raise ConfigError(
+            f"train.warmup_steps {train.warmup_steps} must be less than train.steps {train.steps}; lower it, or take more steps"
+        )
     if train.method == "medusa2" and train.soft_labels:
         raise ConfigError("train.soft_labels is for MEDUSA-1: set it to 0, or train.method to medusa1")
     if train.init_from not in (*SUFFIXES, "none"):
         start = Path(train.init_from)
         if not start.is_dir():
-            raise ConfigError(
-                f"train.init_from: no heads folder at {start}; give a folder, {', '.join(SUFFIXES)} or none"
-            )
+            raise ConfigError(f"train.init_from: no heads folder at {start}; give a checkpoint's folder, none, {NAMES}")
         if start.resolve() == config.layout.checkpoint.resolve():
             raise ConfigError(
                 f"train.init_from {start} is where this run puts its own heads; copy the folder, or use another workdir"

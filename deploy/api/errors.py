@@ -102,8 +102,10 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return bad_request(str(cause), param=param)
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown request field {param!r}", param=param, code="unknown_parameter")
+    if first["type"] == "missing" and not path:
+        return bad_request("the request has no body; send a JSON object", code="missing_parameter")
     if first["type"] == "missing":
-        return bad_request(f"the field {param or 'body'!r} is required", param=param, code="missing_parameter")
+        return bad_request(f"the field {param!r} is required", param=param, code="missing_parameter")
     if not path and isinstance(first.get("input"), bytes):
         return bad_request("the request body must be sent with the header Content-Type: application/json")
     reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -14,14 +14,19 @@ SUFFIXES = {
     "plain": "-plain",
     "medusa2": "-medusa2",
 }  # name of a shipped set → what follows its backbone's name in that of its folder
+NAMES = "default, plain or medusa2"  # as messages give them
 
 
 def heads_folder(heads: str | Path, backbone_name: str) -> Path:
     """`heads` as given, or where they are the name of a shipped set ("default", "hydra", "plain", "medusa2"), its folder.
 
-    CheckpointError where the backbone has none.
+    CheckpointError where there is no such folder, and where the backbone has no such set.
     """
-    return pretrained_heads(backbone_name, str(heads)) if str(heads) in SUFFIXES else Path(heads)
+    if str(heads) in SUFFIXES:
+        return pretrained_heads(backbone_name, str(heads))
+    if not Path(heads).is_dir():
+        raise CheckpointError(f"no heads folder at {heads}; give a checkpoint's folder, or {NAMES}")
+    return Path(heads)
 
 
 def pretrained_heads(backbone_name: str, name: str = "default") -> Path:

@@ -216,7 +216,7 @@ def test_an_empty_registry_is_listed_and_has_nothing_to_roll_back(
     listed = medusa_cli("registry", "list", f"workdir={tmp_path}")
     assert (listed.exit_code, listed.stdout) == (0, "no version is registered\n"), listed.output
     assert json.loads(medusa_cli("registry", "list", "--json", f"workdir={tmp_path}").stdout) == []
-    assert_one_line_error(medusa_cli("promote", "--rollback", f"workdir={tmp_path}"), "no earlier champion")
+    assert_one_line_error(medusa_cli("promote", "--rollback", f"workdir={tmp_path}"), "no champion to go back from")
     assert_one_line_error(medusa_cli("promote", f"workdir={tmp_path}"), "challenger", "register")
     assert_one_line_error(medusa_cli("registry", "list", "registry.model_name=a/b"), "registry.model_name", "a/b")
 

@@ -70,7 +70,7 @@ def test_tuned_heads_take_their_backbone_along(tmp_path: Path, tiny_folder: Path
         (["export", ".", "--format", "vllm"], "exists; give a new folder"),
         (["export", "new"], "--format"),
         (["import", "nowhere", "new", "--backbone", "TINY"], "no file or folder at nowhere"),
-        (["import", "alone.pt", "new"], "alone.pt holds heads alone; say what they were trained on (--backbone)"),
+        (["import", "alone.pt", "new"], "alone.pt holds no backbone; say what its heads were trained on (--backbone)"),
         (["import", "heads", "."], "exists; give a new folder"),
         (["import", "heads", "new", "--backbone", "TINY"], "no Medusa heads of a known layout"),
     ],

@@ -22,6 +22,19 @@ FOLDER = Path(serve.__file__).parent
 FILES = sorted(FOLDER.glob("serve*.yaml"))
 
 
+CAUSE = "pipelines.errors.TrackingUnreachable: no MLflow server answers at http://h:9"
+
+
+@pytest.mark.parametrize("end", ["", "\n  see the log"])
+def test_why_no_replica_came_up_is_its_own_error(end: str) -> None:
+    wrapped = (
+        "Deployment failed.\nray::Replica.__init__()\nRuntimeError: Traceback (most recent call last):\n  File y.py\n"
+    )
+    assert serve.cause_of(f"{wrapped}{CAUSE}{end}") == CAUSE
+    assert serve.cause_of("it is\nlate") == "late"
+    assert serve.cause_of("") == "Serve does not say why"
+
+
 @pytest.fixture
 def deployment() -> dict[str, Any]:
     """Of the one-model configuration."""

@@ -179,7 +179,7 @@ def test_the_superset_is_grown_from_accuracies_or_is_what_paths_there_are() -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"num_nodes": 8}, "keep 1 to 7 nodes of its superset, got 8"),
+        ({"num_nodes": 8}, "a dynamic tree of these heads has 1 to 7 nodes, got 8"),
         ({"num_nodes": 0}, "got 0"),
         ({"num_nodes": 3, "temperatures": (1.0, 0.0)}, "above 0"),
     ],

@@ -54,8 +54,13 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) ->
         (["train.zero_stage=4"], "train.zero_stage"),
         (["distill.temperature=-1"], "distill.temperature"),
         (["serve.port=70000"], "serve.port"),
-        (["serve.tree=bushy"], "serve.tree"),
-        (["serve.tree=dynamic:0"], "serve.tree"),
+        (
+            ["serve.tree=bushy"],
+            'serve.tree: must be a number of nodes (1: plain), "dynamic" or "dynamic:N", got \'bushy\'',
+        ),
+        (["serve.tree=dynamic:0"], "got 'dynamic:0'"),
+        (["serve.tree=0"], "serve.tree: must be 1 node (plain) or more, got 0"),
+        (["serve.api_keys=[abc]"], "as `medusa key new` prints it"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_key_and_fix(overrides: list[str], told: str) -> None:

@@ -97,7 +97,7 @@ def test_a_bad_line_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     told: list[str] = []
     prompts = read_prompts(file, report=told.append)
     assert [prompt.turns for prompt in prompts] == [("a",), ("b",)]
-    assert [message.removeprefix(f"{file}:").split(":")[0] for message in told] == ["2", "4", "5"]
+    assert [message.removeprefix(f"{file}:").split(" is left out: ")[0] for message in told] == ["2", "4", "5"]
     assert "not valid JSON" in told[0]
 
 
@@ -122,7 +122,7 @@ def test_prompts_with_one_id_are_told_apart_in_any_order_of_files(tmp_path: Path
 
 def test_equal_prompts_without_ids_in_two_files_are_one(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "same"}\n')
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "same", "category": "{name}"}}\n')
     (prompt,) = read_prompts(tmp_path)
     assert prompt.source == "a"
 
@@ -171,6 +171,21 @@ def test_a_files_parts_are_disjoint_stable_and_cut(tmp_path: Path) -> None:
     file.write_text("\n".join(reversed(lines)))
     assert {p.id for p in prompt_parts(config).train} == train
     assert len(prompt_parts(config.model_copy(update={"limit": 3})).train) == 3
+
+
+def test_of_few_prompts_one_is_for_calibration(tmp_path: Path) -> None:
+    """The one that chance puts nearest, so that the order of rows does not choose."""
+    rows = [json.dumps({"id": str(i), "prompt": f"p{i}"}) for i in range(6)]
+    chosen = set()
+    for lines in (rows, rows[::-1]):
+        (tmp_path / "p.jsonl").write_text("\n".join(lines))
+        parts = prompt_parts(PromptsSection(path=(f"{tmp_path}/p.jsonl",), calibration_share=1e-6))
+        assert len(parts.train) == 5
+        chosen |= {prompt.id for prompt in parts.calibration}
+    assert len(chosen) == 1
+    (tmp_path / "p.jsonl").write_text(rows[0])
+    parts = prompt_parts(PromptsSection(path=(f"{tmp_path}/p.jsonl",), calibration_share=1e-6))
+    assert (len(parts.train), parts.calibration) == (1, ())
 
 
 def test_evaluation_takes_the_turns_of_the_mt_bench_shape(tmp_path: Path) -> None:
