@@ -116,10 +116,10 @@ def main(
         raise ValueError(
             "a chain beside vLLM is for heads that vLLM takes too; give --heads plain, or leave the chain out"
         )
-    if vllm and rounds > 1 and len(batches) > 1:
+    if vllm and rounds > 1 and len({size for size in batches if size > 1}) > 1:
         raise ValueError(
             f"vLLM is started once, for {max(batches)} sequences, and --rounds {rounds} would fill them at every batch; "
-            "give one --batch at a time"
+            "give one --batch above 1 at a time"
         )
     rounded = medusa.load(backbone, heads=heads, dtype="int8", device=device) if int8 else None
     sets = {f"{label}: ": with_heads(model, name, backbone) for label, name in labelled(also_heads or []).items()}
@@ -169,7 +169,7 @@ def main(
     if save_results:
         kind = dtype_name(model)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats}
-        settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds} | (
+        settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds if max(batches) > 1 else 1} | (
             {"beside": versions} if versions else {}
         )
         stem = f"speed-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"

@@ -25,7 +25,7 @@ from deploy.heads import HeadsOrigin, first_model, successor
 from deploy.metrics import Metrics
 from deploy.outlets import Outlet
 from deploy.service import Service
-from pipelines.config import Config, ServeSection
+from pipelines.config import Config, ServeSection, reason_of
 from pipelines.errors import ConfigError
 from pipelines.models import use_threads
 from pipelines.registry import Version
@@ -184,4 +184,4 @@ def overlaid(section: ServeSection, given: Mapping[str, Any]) -> ServeSection:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"user_config: serve.{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        raise ConfigError(f"user_config: serve.{where}: {reason_of(first)}") from None

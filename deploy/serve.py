@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ from pipelines.registry import tracking_uri, without_credentials
 logger = logging.getLogger(__name__)
 
 APPLICATION, DEPLOYMENT = "medusa", "replica"
+SERVE_FAILS = (ray.exceptions.RayError, RayServeException, TimeoutError)
 AT_ONCE_S = 0.5  # a drain that takes no longer needs no word to the user
 AUTOSCALING: dict[str, Any] = {
     "min_replicas": 1,
@@ -92,9 +93,9 @@ class Replica:
         load = self._host.loop.load
         return {RUNNING: load.running, WAITING: load.waiting, SLOTS: load.slots}
 
-    async def version(self) -> str:
-        """What new requests are answered with: a label of `deploy.heads`."""
-        return self._host.version
+    async def status(self) -> dict[str, str]:
+        """What `/health` says: the version that answers, and why it is not the one that it should be."""
+        return self._host.status()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; True when those that run have ended, False when `timeout_s` was not enough.
@@ -171,7 +172,7 @@ def _finish_answers(timeout_s: float) -> None:
                     logger.warning("answers were still under way after %g s and are cut off", timeout_s)
                     return
             serve.delete(APPLICATION)  # waits until the last bytes of the last answer have left
-        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+        except SERVE_FAILS as error:
             logger.warning("the replica could not finish its answers: %s", str(error).splitlines()[0])
 
 
@@ -188,19 +189,25 @@ def _drained(timeout_s: float) -> bool:
 
 def _served(config: Config) -> str:
     """What is answered with, in words: a mistyped `workdir` would else serve the default heads in silence."""
-    version = str(serve.get_deployment_handle(DEPLOYMENT, APPLICATION).version.remote().result(timeout_s=10))
-    if version not in STAND_INS:
-        return version
-    where = without_credentials(tracking_uri(config))
-    return f"{STAND_INS[version]}: no version is {config.serve.alias!r} in {where}, or none that can be served"
+    status = serve.get_deployment_handle(DEPLOYMENT, APPLICATION).status.remote().result(timeout_s=10)
+    return describe_served(status, config.serve.alias, without_credentials(tracking_uri(config)))
+
+
+def describe_served(status: Mapping[str, str], alias: str, registry: str) -> str:
+    """A replica's status in words."""
+    version = status["version"]
+    if "champion_error" in status:
+        return f"{STAND_INS.get(version, version)}: {status['champion_error']}"
+    return version if version not in STAND_INS else f"{STAND_INS[version]}: no version is {alias!r} in {registry}"
 
 
 def run(config: Config) -> None:
     """Serve until Ctrl-C or SIGTERM, then finish the answers under way and stop cleanly."""
     try:
         with serving(config) as url:
-            logger.info("serving %s", _served(config))
             logger.info("ready: %s/v1; Ctrl-C stops", url)
+            with contextlib.suppress(*SERVE_FAILS, MedusaError):  # a word to the user, which must not end a server
+                logger.info("serving %s", _served(config))
             threading.Event().wait()
     except KeyboardInterrupt:
         logger.info("stopped")
@@ -256,5 +263,5 @@ def cause_of(report: str) -> str:
     """A replica's own error: the last line of Serve's report of it that names an exception and says more than that one was
     raised elsewhere."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(\w+\.)*[A-Z]\w*: (?!Traceback )", line)]
+    named = [line for line in lines if re.match(r"((\w+\.)+[A-Z]\w*|\w*(Error|Exception)): (?!Traceback )", line)]
     return (named or lines or ["Serve does not say why"])[-1]

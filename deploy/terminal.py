@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -56,7 +56,7 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
 
 def versions_table(entries: Sequence[Entry]) -> Group:
     """The registry's versions, as `pipelines.listing` tells of them; what the gate said of each below, a line or more."""
-    table = Table(title="Registered versions", title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+    table = Table(title="Registered versions", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("version", "alias", "created", "nodes", "rate", "speedup", "same", "ppl"):
         table.add_column(name, overflow="fold")
     for entry in entries:

@@ -30,7 +30,7 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     """Attention kind → sliding window in positions (None: full), for the kinds that a model's layers have."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds:
+    if kinds and config.model_type != "mistral":  # whose layers all slide where there is a window, whatever their types
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
     return {"sliding_attention": window} if window is not None else {"full_attention": None}
 

@@ -99,7 +99,7 @@ class FusedLlama:
         return _Layer(
             norm_attention=layer.input_layernorm.weight.to(self.dtype),
             qkv=self._joined(attn.q_proj, attn.k_proj, attn.v_proj),
-            heads=self._head_edits(attn, self.dtype),
+            edits=self._head_edits(attn, self.dtype),
             out=self.linear(attn.o_proj.weight),
             norm_mlp=layer.post_attention_layernorm.weight.to(self.dtype),
             gate_up=self._joined(mlp.gate_proj, mlp.up_proj),
@@ -109,7 +109,7 @@ class FusedLlama:
     def _head_edits(self, attn: Any, dtype: torch.dtype) -> HeadEdits:
         """What this layer does to its heads before they turn, in `dtype`."""
         biases = _biases(attn.q_proj, attn.k_proj, attn.v_proj)
-        norms = [attn.q_norm.weight, attn.k_norm.weight] if hasattr(attn, "q_norm") else []
+        norms = [attn.q_norm.weight.detach(), attn.k_norm.weight.detach()] if hasattr(attn, "q_norm") else []
         return HeadEdits(
             bias=torch.cat(biases).to(dtype) if biases else None,
             gains=torch.stack(norms).to(dtype) if norms else None,
@@ -182,7 +182,7 @@ class FusedLlama:
         norms_after = [layer.norm_attention for layer in self.layers[1:]] + [self.norm]
         for index, (layer, norm_after) in enumerate(zip(self.layers, norms_after, strict=True)):
             qkv = layer.qkv(normed)
-            seen = attend(*between.rotate_into(cache, index, qkv, cos, sin, groups=self.groups, edits=layer.heads))
+            seen = attend(*between.rotate_into(cache, index, qkv, cos, sin, groups=self.groups, edits=layer.edits))
             hidden, normed = between.add_norm(hidden, layer.out(seen.flatten(2)), layer.norm_mlp, self.eps)
             moved = layer.down(between.gated(layer.gate_up(normed)))
             hidden, normed = between.add_norm(hidden, moved, norm_after, self.eps)
@@ -245,7 +245,7 @@ class _Layer:
 
     norm_attention: Tensor
     qkv: Linear
-    heads: HeadEdits
+    edits: HeadEdits
     out: Linear
     norm_mlp: Tensor
     gate_up: Linear

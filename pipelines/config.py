@@ -64,12 +64,12 @@ def _key_hash(text: str) -> str:
     return text
 
 
-def _tree_name(tree: int | str) -> int | str:
-    if isinstance(tree, str) and not re.fullmatch(r"dynamic(:[1-9]\d*)?", tree):
-        raise ValueError(f'must be a number of nodes (1: plain), "dynamic" or "dynamic:N", got {tree!r}')
-    if isinstance(tree, int) and tree < 1:
-        raise ValueError(f"must be 1 node (plain) or more, got {tree}")
-    return tree
+def _tree_name(tree: object) -> int | str:
+    if isinstance(tree, str) and re.fullmatch(r"dynamic(:[1-9]\d*)?", tree):
+        return tree
+    if isinstance(tree, (int, str)) and not isinstance(tree, bool) and re.fullmatch(r"0*[1-9]\d*", str(tree)):
+        return int(tree)
+    raise ValueError('must be a number of nodes from 1 (plain), "dynamic" or "dynamic:N"')
 
 
 NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
@@ -77,7 +77,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute_source)]
 Sources = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_one_or_several)]
 KeyHash = Annotated[str, AfterValidator(_key_hash)]
-TreeName = Annotated[int | str, AfterValidator(_tree_name)]
+TreeName = Annotated[int | str, BeforeValidator(_tree_name)]
 MountedPath = Annotated[Path, BeforeValidator(_no_uri), AfterValidator(_absolute)]
 
 
@@ -153,7 +153,7 @@ class PromptsSection(Section):
     """What is asked. `path` is a file, folder or glob of any common shape, local or a URI (s3://, gs://), or several.
 
     Without a path they are the `self_prompt.num` that the backbone writes itself; with neither, the built-in ones.
-    `calibration_share` of them (the built-in set has its own) calibrate the tree and are never trained on. Limits null
+    `calibration_share` of them (the built-in set has its own; of few, one) calibrate the tree and are not trained on. Limits null
     mean all. A prompt that is cut to other `max_turns`, or otherwise edited, is answered anew.
     """
 
@@ -276,7 +276,7 @@ def _scheme(text: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise ValueError(f'must be "greedy", "typical@T" or "rejection@T", 0 < T <= {MAX_TEMPERATURE:g}, got {text!r}')
+        raise ValueError(f'must be "greedy", "typical@T" or "rejection@T", 0 < T <= {MAX_TEMPERATURE:g}')
     return text
 
 
@@ -557,5 +557,10 @@ def _keys(model: type[Section], prefix: str = "") -> Iterable[str]:
 
 
 def _describe(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    return f"{where}: {item['msg'][:1].lower()}{item['msg'][1:]}, got {item['input']!r}"
+    return f"{'.'.join(map(str, item['loc']))}: {reason_of(item)}, got {item['input']!r}"
+
+
+def reason_of(error: Any) -> str:
+    """What pydantic, or a validator of ours, finds wrong with a value, as the end of a sentence."""
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]

@@ -14,7 +14,7 @@ SUFFIXES = {
     "plain": "-plain",
     "medusa2": "-medusa2",
 }  # name of a shipped set → what follows its backbone's name in that of its folder
-NAMES = "default, plain or medusa2"  # as messages give them
+NAMES = ", ".join(name for name in SUFFIXES if name != "hydra")  # as messages give them
 
 
 def heads_folder(heads: str | Path, backbone_name: str) -> Path:

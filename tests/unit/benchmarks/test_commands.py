@@ -142,15 +142,15 @@ def test_another_set_of_heads_stands_beside_the_first(tiny_folder: Path, heads_f
 def test_each_place_of_a_batch_gives_an_answer_a_round(tiny_folder: Path, heads_folder: Path, tmp_path: Path) -> None:
     run = partial(
         bench.main, backbone=str(tiny_folder), heads=str(heads_folder), dtype="float32", device="cpu", threads=1,
-        batch=[1, 2], rounds=3, max_tokens=NUM_TOKENS, tree=["3"], repeats=1, limit=1, output=tmp_path,
+        rounds=3, max_tokens=NUM_TOKENS, tree=["3"], repeats=1, limit=1, output=tmp_path,
     )  # fmt: skip
-    run()
+    run(batch=[1, 2])
     (record,) = tmp_path.glob("*.json")
     figures = json.loads(record.read_text())["figures"]
     answers = [figures[f"batch {size}"]["agreements"]["tree of 3"] for size in (1, 2)]
     assert [each["num_prompts"] for each in answers] == [each["num_identical"] for each in answers] == [1, 6]
-    with pytest.raises(ValueError, match="one --batch at a time"):
-        run(vllm=Path(sys.executable))
+    with pytest.raises(ValueError, match="one --batch above 1 at a time"):
+        run(batch=[2, 3], vllm=Path(sys.executable))
 
 
 def test_groups_hold_every_prompt_and_are_full() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,26 @@ FILES = sorted(FOLDER.glob("serve*.yaml"))
 CAUSE = "pipelines.errors.TrackingUnreachable: no MLflow server answers at http://h:9"
 
 
-@pytest.mark.parametrize("end", ["", "\n  see the log"])
+@pytest.mark.parametrize("end", ["", "\n  see the log", "\nHint: start one", "\nResponse: {}"])
 def test_why_no_replica_came_up_is_its_own_error(end: str) -> None:
     wrapped = (
         "Deployment failed.\nray::Replica.__init__()\nRuntimeError: Traceback (most recent call last):\n  File y.py\n"
     )
     assert serve.cause_of(f"{wrapped}{CAUSE}{end}") == CAUSE
+    assert serve.cause_of("TypeError: no\nNote: see") == "TypeError: no"
     assert serve.cause_of("it is\nlate") == "late"
     assert serve.cause_of("") == "Serve does not say why"
+
+
+def test_what_is_served_is_told_in_words() -> None:
+    tell = partial(serve.describe_served, alias="champion", registry="sqlite:///m.db")
+    assert tell({"version": "champion-v3"}) == "champion-v3"
+    assert tell({"version": "default"}) == (
+        "the heads that come with the backbone: no version is 'champion' in sqlite:///m.db"
+    )
+    assert tell({"version": "champion-v2", "champion_error": "version 3 cannot be served: torn"}) == (
+        "champion-v2: version 3 cannot be served: torn"
+    )
 
 
 @pytest.fixture

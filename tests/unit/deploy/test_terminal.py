@@ -14,7 +14,7 @@ from pipelines.report import Evaluation, Fidelity, Quality
 REASON = "speedup 1.10 of version 7's 1.52 is below the margin"
 
 
-def entry(number: int, gate: dict[str, Any] | None = None) -> Entry:
+def entry(number: int, *aliases: str, gate: dict[str, Any] | None = None) -> Entry:
     part = Fidelity(num_tokens=9, original_perplexity=1.75, tuned_perplexity=1.77, mean_kl=0.004)
     evaluation = Evaluation(
         num_prompts=80, num_tokens=3840, num_nodes=64, dtype="bfloat16", device="cpu", acceleration_rate=2.44,
@@ -23,7 +23,7 @@ def entry(number: int, gate: dict[str, Any] | None = None) -> Entry:
         quality=Quality(answers=part, text=part),
     )  # fmt: skip
     return Entry(
-        version=number, aliases=("champion",), created="2026-11-26 10:00", run_id="r", digest="d", backbone="b",
+        version=number, aliases=aliases, created="2026-11-26 10:00", run_id="r", digest="d", backbone="b",
         evaluation=evaluation, gate=gate, rolled_back=None,
     )  # fmt: skip
 
@@ -31,10 +31,10 @@ def entry(number: int, gate: dict[str, Any] | None = None) -> Entry:
 def test_versions_are_a_line_each_and_what_the_gate_said_stands_below() -> None:
     out = io.StringIO()
     refused = {"passed": False, "champion": 7, "reasons": [REASON]}
-    Console(file=out, width=80).print(versions_table([entry(12), entry(8, gate=refused)]))
+    Console(file=out, width=80).print(versions_table([entry(12, "challenger"), entry(8, gate=refused)]))
     text = out.getvalue()
     lines = [line.split() for line in text.splitlines()]
-    figures = ["champion", "2026-11-26", "10:00", "64", "2.44", "1.52×", "16/16", "+1.14%"]
-    assert ["12", *figures] in lines and ["8", *figures] in lines
+    figures = ["2026-11-26", "10:00", "64", "2.44", "1.52×", "16/16", "+1.14%"]
+    assert ["12", "challenger", *figures] in lines and ["8", *figures] in lines
     assert "version 12: not judged" in text
     assert f"version 8: refused beside version 7: {REASON}" in " ".join(text.split())

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 import medusa
+from medusa.adapters import Adapters
+from medusa.attention import layer_windows
 from medusa.backbone import Backbone, Placement, check_decodable, load_backbone
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
@@ -168,6 +170,29 @@ def test_the_fused_path_equals_the_generic_one(family: str, dtype: torch.dtype) 
             else:
                 ours, theirs = ((x - logits[2]).norm() / logits[2].norm() for x in logits[:2])
                 assert ours <= 2 * theirs + 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_tuned_backbone_is_fused_anew_with_its_biases_and_norms(family: str) -> None:
+    """What is done to heads is copied out of the model, so a merge must copy it again."""
+    model = make_tiny_backbone_model(family, 4)
+    tuned = with_drawn_vectors(copy.deepcopy(model))
+    backbone = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name=family, fused=FusedLlama(model))
+    before = backbone.logits(backbone.step_alone(torch.tensor([[3, 1, 4]])))
+    tensors = {name: weight.detach() for name, weight in tuned.named_parameters()}
+    backbone.merge(Adapters(kind="full", tensors=tensors))
+    with torch.inference_mode():
+        want = tuned(input_ids=torch.tensor([[3, 1, 4]])).logits
+        found = backbone.logits(backbone.step_alone(torch.tensor([[3, 1, 4]])))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, before, rtol=1e-2)
+
+
+def test_a_mistrals_layers_slide_whatever_they_are_called() -> None:
+    """So it is in transformers, whose Mistral does not read `layer_types`."""
+    config = make_tiny_backbone_model("mistral", layer_types=["full_attention"] * 2).config
+    assert config.sliding_window is not None
+    assert layer_windows(config) == {"sliding_attention": config.sliding_window}
 
 
 def test_fusing_adds_no_copy_of_weights_that_stay_as_they_are() -> None:

@@ -276,6 +276,15 @@ def test_int8_weights_decode_nearly_as_they_were(tmp_path: Path) -> None:
     assert 0 < gap(ours, theirs.double()) < 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_int8_layers_are_near_the_model_in_float64(family: str) -> None:
+    backbones = tiny(family=family, int8=True)
+    ids = torch.randint(0, 300, (1, 20))
+    with torch.inference_mode():
+        ours, exact = (b.step(ids, chain_placement(20), b.new_cache(num_slots=1, capacity=32)) for b in backbones)
+    assert 0 < gap(ours, exact) < 0.1
+
+
 def test_int8_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("gemma2", "llama"):
         save_tiny_folder(tmp_path / family, family, seed=4)

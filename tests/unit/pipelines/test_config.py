@@ -56,10 +56,12 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) ->
         (["serve.port=70000"], "serve.port"),
         (
             ["serve.tree=bushy"],
-            'serve.tree: must be a number of nodes (1: plain), "dynamic" or "dynamic:N", got \'bushy\'',
+            """serve.tree: must be a number of nodes from 1 (plain), "dynamic" or "dynamic:N", got 'bushy'""",
         ),
         (["serve.tree=dynamic:0"], "got 'dynamic:0'"),
-        (["serve.tree=0"], "serve.tree: must be 1 node (plain) or more, got 0"),
+        (["serve.tree=0"], '"dynamic:N", got 0'),
+        (["serve.tree=true"], '"dynamic:N", got True'),
+        (["serve.tree=1.5"], '"dynamic:N", got 1.5'),
         (["serve.api_keys=[abc]"], "as `medusa key new` prints it"),
     ],
 )
@@ -131,3 +133,4 @@ def test_a_workdir_is_a_folder_and_no_uri() -> None:
 @pytest.mark.parametrize("tree", [None, 16, "dynamic", "dynamic:16"])
 def test_served_trees_are_static_or_dynamic(tree: int | str | None) -> None:
     assert load_config(None, [f"serve.tree={'null' if tree is None else tree}"]).serve.tree == tree
+    assert load_config(None, ["serve.tree='16'"]).serve.tree == 16  # as a template may write it
