@@ -126,7 +126,7 @@ def test_a_uri_is_read_through_its_filesystem_and_named_as_the_user_wrote_it(tmp
     told: list[str] = []
     for uri in (f"file://{tmp_path}/p.jsonl", f"file://{tmp_path}/*.jsonl", f"file://{tmp_path}"):
         assert [p.id for p in read_prompts(uri, report=told.append)] == [row["id"] for row in ROWS]
-    assert {message.partition(": ")[0] for message in told} == {f"file://{tmp_path}/p.jsonl:7"}
+    assert {message.partition(" is left out: ")[0] for message in told} == {f"file://{tmp_path}/p.jsonl:7"}
 
 
 def test_another_filesystem_needs_nothing_of_the_local_one(tmp_path: Path) -> None:
@@ -208,4 +208,4 @@ def test_of_many_bad_lines_the_first_are_named_and_the_rest_counted(tmp_path: Pa
     file.write_text('{"prompt": "fine"}\n' + "{\n" * 30)
     told: list[str] = []
     assert len(read_prompts(file, report=told.append)) == 1
-    assert (len(told), told[-1]) == (21, "10 more records are no prompts")
+    assert (len(told), told[-1]) == (21, "10 more records are no prompts and left out")
