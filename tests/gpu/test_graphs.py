@@ -72,7 +72,10 @@ def engine_answers(
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize(("family", "fused"), [("llama", True), ("qwen2", True), ("qwen3", True), ("llama", False), ("gemma3_text", False)])
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("llama", False), ("gemma3_text", False)],
+)
 def test_graphs_decode_what_eager_steps_decode(
     family: str, fused: bool, tree: str, kind: HeadKind, scheme: str
 ) -> None:
