@@ -116,7 +116,7 @@ def main(
         raise ValueError(
             "a chain beside vLLM is for heads that vLLM takes too; give --heads plain, or leave the chain out"
         )
-    if vllm and rounds > 1 and len({size for size in batches if size > 1}) > 1:
+    if vllm and rounds > 1 and sum(size > 1 for size in batches) > 1:
         raise ValueError(
             f"vLLM is started once, for {max(batches)} sequences, and --rounds {rounds} would fill them at every batch; "
             "give one --batch above 1 at a time"
@@ -169,9 +169,8 @@ def main(
     if save_results:
         kind = dtype_name(model)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats}
-        settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds if max(batches) > 1 else 1} | (
-            {"beside": versions} if versions else {}
-        )
+        settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds if max(batches) > 1 else 1}
+        settings |= {"beside": versions} if versions else {}
         stem = f"speed-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
         figures: dict[str, object] = {f"batch {size}": section.as_dict() for size, section in sections.items()}
         page = save(

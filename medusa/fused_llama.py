@@ -54,10 +54,11 @@ class FusedLlama:
     def fits(model: PreTrainedModel) -> bool:
         """Is this a model that the fused path computes exactly?"""
         config: Any = model.config
+        if config.model_type not in FAMILIES:
+            return False
         core: Any = model.get_decoder()
         return (
-            config.model_type in FAMILIES
-            and getattr(config, "hidden_act", "") == "silu"
+            getattr(config, "hidden_act", "") == "silu"
             and getattr(config, "quantization_config", None) is None
             and model.dtype.is_floating_point
             and all(w is None or w >= config.max_position_embeddings for w in layer_windows(config).values())

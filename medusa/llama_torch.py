@@ -26,9 +26,6 @@ class HeadEdits:
     eps: float = 0.0
 
 
-NO_EDITS = HeadEdits()
-
-
 def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of hidden [...,D]."""
     return F.rms_norm(hidden, weight.shape, weight, eps)
@@ -54,7 +51,7 @@ def rotate_into(
     sin: Tensor,
     *,
     groups: int,
-    edits: HeadEdits = NO_EDITS,
+    edits: HeadEdits,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B,N,(GH+2H)·E] and the rotary tables [B,N,E] → rotated query [B,H,G·N,E], and the layer's keys and values
     [B,H,length,E] with the new ones written behind the rows' offsets."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from medusa.kv_cache import KVCache
-from medusa.llama_torch import NO_EDITS, HeadEdits
+from medusa.llama_torch import HeadEdits
 
 WIDTH = 1024  # elements of a program of `gated`
 HEADS = 4  # heads of a program of `rotate_into`
@@ -137,7 +137,7 @@ def rotate_into(
     sin: Tensor,
     *,
     groups: int,
-    edits: HeadEdits = NO_EDITS,
+    edits: HeadEdits,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `llama_torch.rotate_into`."""
     batch, num_new, size = cos.shape

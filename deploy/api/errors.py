@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.config import reason_of
+
 _TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
@@ -102,14 +104,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return bad_request(str(cause), param=param)
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown request field {param!r}", param=param, code="unknown_parameter")
-    if first["type"] == "missing" and not path:
-        return bad_request("the request has no body; send a JSON object", code="missing_parameter")
     if first["type"] == "missing":
-        return bad_request(f"the field {param!r} is required", param=param, code="missing_parameter")
+        said = f"the field {param!r} is required" if path else "the request has no body; send a JSON object"
+        return bad_request(said, param=param, code="missing_parameter")
     if not path and isinstance(first.get("input"), bytes):
         return bad_request("the request body must be sent with the header Content-Type: application/json")
-    reason = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-    return bad_request(f"{param or 'body'}: {reason}, got {_shown(first.get('input'))}", param=param)
+    return bad_request(f"{param or 'body'}: {reason_of(first)}, got {_shown(first.get('input'))}", param=param)
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
