@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medusa import attention
 from medusa.adapters import Adapters
+from medusa.decodable import check_decodable, refuse_unsupported
 from medusa.errors import BackboneError
 from medusa.fused_llama import FAMILIES, FusedLlama
 from medusa.grammar import GrammarVocabulary
@@ -28,8 +28,6 @@ from medusa.heads import LmHead, LogitTransform, PartialLmHead
 from medusa.kv_cache import KVCache
 from medusa.linear import Kernel, Linear
 from medusa.provision import DEFAULT_BACKBONE, default_backbone
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {
     "auto": torch.bfloat16,
@@ -39,10 +37,7 @@ DTYPES = {
     "float64": torch.float64,
     "int8": torch.int8,  # the weights of products alone; needs the CPU kernels
 }
-MOVING_ROPE = {"longrope", "dynamic"}
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
 SAMPLED_VALUES = 64
-CHECK_TEXT = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,7 @@ class Backbone:
     version: int = field(default=0, init=False)  # of the weights: keys and values of two versions never mix
 
     def __post_init__(self) -> None:
-        _refuse_unsupported(self.model)
+        refuse_unsupported(self.model)
         attention.register()
         self.model.set_attn_implementation(attention.IMPLEMENTATION)
         self.model.eval()
@@ -315,7 +310,7 @@ def load_backbone(
         ) from error
     backbone = Backbone(model=model, tokenizer=tokenizer, name=str(name), transform=_logit_transform(model.config))
     assert backbone.fingerprint
-    model.to(where, torch_dtype)
+    _place(model, where, torch_dtype)
     if fused and FusedLlama.fits(model):
         chosen = attention.parse_gpu_kernels(gpu_kernels, where, model.dtype)
         backbone.fused = FusedLlama(model, int8=int8, gpu_kernels=chosen)
@@ -326,6 +321,16 @@ def load_backbone(
         )
     check_decodable(backbone)
     return backbone
+
+
+def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the model, its weights in `dtype`. Buffers keep their own type: rotary frequencies rounded to 16 bits would turn
+    far positions by other angles than the model was trained with."""
+    model.to(device)
+    stored = model.dtype
+    for weight in model.parameters():
+        if weight.dtype == stored:  # some models keep a few in float32
+            weight.data = weight.data.to(dtype)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -352,74 +357,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
-    """BackboneError, by name, for what tree attention cannot decode."""
-    config: Any = model.config
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError(f"{kind} is an encoder–decoder; Medusa heads need a decoder-only model")
-    if config.get_text_config() is not config:
-        raise BackboneError(f"{kind} is multimodal; give the folder of its text model, which is a decoder by itself")
-    if getattr(model, "_is_stateful", False):
-        raise BackboneError(
-            f"{kind} keeps a recurrent state, which cannot branch over a tree; use an attention-only model"
-        )
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_KINDS))
-    if odd:
-        raise BackboneError(f"{kind} has layers of type {', '.join(odd)}, which tree attention does not support")
-    moving = sorted(_rope_types(config) & MOVING_ROPE)
-    if moving:
-        raise BackboneError(
-            f"{kind} has {', '.join(moving)} rotary embeddings, which change with the longest sequence of a batch: an answer "
-            "would depend on its neighbours"
-        )
-    if getattr(config, "attention_chunk_size", None):
-        raise BackboneError(f"{kind} uses chunked attention, which tree attention does not support")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise BackboneError(f"{kind} does not use transformers' attention interface, so tree attention cannot reach it")
-
-
 def _cache_argument(model: PreTrainedModel) -> str:
     """What a decoder calls its cache: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Kinds of rotary embedding in use: one for the model, or one for each kind of layer."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    each = [value for value in settings.values() if isinstance(value, dict)] or [settings]
-    return {str(one.get("rope_type", "default")) for one in each}
 
 
 def _logit_transform(config: Any) -> LogitTransform:
     """Gemma's soft-cap, Cohere's logit_scale, Granite's logits_scaling."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
-
-
-@torch.inference_mode()
-def check_decodable(backbone: Backbone) -> None:
-    """Compare one short forward through cache and tree attention with the model's own; BackboneError where they differ.
-
-    Refuses, rather than decode silently wrong, models that change attention or logits in a way not known here.
-    """
-    model = backbone.model
-    # Ordinary text: bf16 noise on unlikely token sequences can grow as large as a real fault.
-    ids = torch.tensor([list(backbone.tokenizer(CHECK_TEXT)["input_ids"])], device=backbone.device)
-    try:
-        ours = backbone.logits(backbone.step_alone(ids)).double()
-        model.set_attn_implementation("eager")
-        theirs = model(input_ids=ids, use_cache=False).logits.double()
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise BackboneError(f"{model.config.model_type} cannot decode trees: {str(error).splitlines()[0]}") from error
-    finally:
-        model.set_attn_implementation(attention.IMPLEMENTATION)
-    # Transformers computes parts of a float64 model in float32; bfloat16 noise was seen to reach 0.054 on 30 layers.
-    # Rounding to int8 is asked for, not a fault: 0.14 was seen there.
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3, torch.int8: 0.3}.get(backbone.weight_dtype, 0.1)
-    gap = (ours - theirs).norm() / (theirs - theirs.mean(dim=-1, keepdim=True)).norm().clamp_min(1e-6)
-    if not gap <= tolerance:
-        raise BackboneError(
-            f"{model.config.model_type} computes attention or logits in a way not known here "
-            f"(its logits differ from ours by {gap:.2g} of their norm); it would decode wrongly and is refused"
-        )

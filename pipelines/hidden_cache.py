@@ -26,11 +26,12 @@ from pipelines.positions import Positions
 logger = logging.getLogger(__name__)
 
 GB = 1e9
+VERSION = 2  # of what is kept: raised where the same rows and backbone would give other positions than before
 
 
 def cache_key(*parts: object) -> str:
     """A name that two runs share exactly when they would keep the same positions."""
-    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([VERSION, *map(str, parts)]).encode()).hexdigest()[:16]
 
 
 def make_room(root: Path, key: str, *, num_bytes: int, quota_gb: float) -> None:

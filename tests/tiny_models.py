@@ -96,7 +96,9 @@ def make_tiny_backbone_model(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = EOS_ID
     model.generation_config.pad_token_id = PAD_ID
-    return model.to(dtype).eval()
+    for weight in model.parameters():  # and not the rotary frequencies: see `load_backbone`
+        weight.data = weight.data.to(dtype)
+    return model.eval()
 
 
 def with_drawn_vectors(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     Gemma3Config,
@@ -25,7 +26,7 @@ from transformers import (
 import medusa
 from medusa.adapters import Adapters
 from medusa.attention import layer_windows
-from medusa.backbone import Backbone, Placement, check_decodable, load_backbone
+from medusa.backbone import Backbone, Placement, load_backbone
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
@@ -125,10 +126,15 @@ def test_layers_that_tree_attention_does_not_know_are_refused(field: str, value:
         Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="odd")
 
 
-def test_a_model_that_treats_logits_in_an_unknown_way_is_refused_rather_than_decoded_wrongly() -> None:
-    backbone = Backbone(model=make_tiny_backbone_model("gemma2"), tokenizer=make_tiny_tokenizer(), name="gemma2")
-    with pytest.raises(BackboneError, match="not known here"):
-        check_decodable(backbone)  # its soft-cap was not passed on
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_the_models_own_in_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rounded to 16 bits they would turn position 8,000 by up to 16 radians too much or too little."""
+    folder = save_tiny_folder(tmp_path / "llama", "llama", head_dim=64)
+    buffers = dict(load_backbone(folder, dtype=dtype).model.named_buffers())
+    wanted = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_buffers())
+    assert set(buffers) == set(wanted) and any("inv_freq" in name for name in buffers)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, wanted[name], rtol=0, atol=0)
 
 
 def test_sources_that_do_not_exist_get_one_line(tmp_path: Path) -> None:
