@@ -9,6 +9,7 @@ lies less than `window` *positions* (not slots) back: siblings share a position 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -97,12 +98,18 @@ def masked_attend(mask: Tensor, groups: int) -> Attend:
     return attend
 
 
-def triton_attend(offsets: Tensor, visible: Tensor) -> Attend:
+def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None = None) -> Attend:
     """Attention of a step without a mask of the context: see `tree_attention_triton`. Shapes as in `step_mask`."""
     from medusa import tree_attention_triton  # Triton is where CUDA builds of torch are
 
-    each = visible.expand(len(offsets), -1, -1)
-    return lambda query, keys, values: tree_attention_triton.tree_attention(query, keys, values, offsets, each)
+    visible = within_window(depths, visible, window).expand(len(offsets), -1, -1)
+    return partial(
+        tree_attention_triton.tree_attention,
+        offsets=offsets,
+        visible=visible,
+        depths=depths.expand(len(offsets), -1),
+        window=window,
+    )
 
 
 def _given_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -142,6 +149,13 @@ def step_mask(
         seen = seen & (depths[:, :, None] - key_depth[:, None, :] < window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=offsets.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
+
+
+def within_window(depths: Tensor, visible: Tensor, window: int | None) -> Tensor:
+    """`visible` less what lies outside a node's window among the new positions themselves."""
+    if window is None or visible.shape[-1] <= window:
+        return visible
+    return visible & (depths[..., :, None] - depths[..., None, :] < window)
 
 
 def packed_mask(documents: Tensor, *, dtype: torch.dtype, window: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medusa import attention
@@ -316,14 +316,14 @@ def load_backbone(
         backbone.fused = FusedLlama(model, int8=int8, gpu_kernels=chosen)
     elif int8:
         raise BackboneError(
-            f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for {', '.join(FAMILIES)} without "
-            "sliding windows, through the fused path; use bfloat16"
+            f"{name} ({model.config.model_type}) cannot run with int8 weights, which are for {', '.join(FAMILIES)} whose "
+            "layers see alike, through the fused path; use bfloat16"
         )
     check_decodable(backbone)
     return backbone
 
 
-def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def _place(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Move the model, its weights in `dtype`. Buffers keep their own type: rotary frequencies rounded to 16 bits would turn
     far positions by other angles than the model was trained with."""
     model.to(device)

@@ -9,7 +9,7 @@ compiler all layers are one call (medusa/native).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,7 @@ from medusa.attention import (
     masked_attend,
     step_mask,
     triton_attend,
+    within_window,
 )
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
@@ -43,8 +44,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class FusedLlama:
-    """Same call and same result as the generic path, for a model of FAMILIES that sees its whole context in every layer,
-    without quantisation and without biases but those of queries, keys and values (Qwen 2).
+    """Same call and same result as the generic path, for a model of FAMILIES whose layers all see alike, the whole context or
+    one sliding window (Mistral 0.1), without quantisation and without biases but those of queries, keys and values (Qwen 2).
 
     Where weights stay as they are (on a GPU, in float32) the model's own become views of the fused ones; packing them,
     on a CPU, keeps the model's beside the packed ones: twice the memory. Training them afterwards is not for this path.
@@ -61,7 +62,7 @@ class FusedLlama:
             getattr(config, "hidden_act", "") == "silu"
             and getattr(config, "quantization_config", None) is None
             and model.dtype.is_floating_point
-            and all(w is None or w >= config.max_position_embeddings for w in layer_windows(config).values())
+            and len(layer_windows(config)) == 1
             and not any(_biases(layer.self_attn.o_proj, *layer.mlp.children()) for layer in core.layers)
         )
 
@@ -83,6 +84,7 @@ class FusedLlama:
         self.num_kv_heads = config.num_key_value_heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.eps = config.rms_norm_eps
+        (self.window,) = layer_windows(config).values()
         self.embedding = core.embed_tokens.weight
         self.rotary = core.rotary_emb
         self.norm = core.norm.weight.to(self.dtype)
@@ -131,6 +133,7 @@ class FusedLlama:
             groups=self.groups,
             head_dim=self.head_dim,
             eps=self.eps,
+            window=self.window,
         )
 
     def _native_layer(self, layer: Any) -> NativeLayer:
@@ -172,6 +175,7 @@ class FusedLlama:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         if self.native is not None:
+            where = replace(where, visible=within_window(where.depths, where.visible, self.window))
             return self.native(hidden, positions, where, cache)
         with torch.cuda.device_of(hidden):  # Triton launches on the current device
             return self._layer_by_layer(hidden, positions, where, cache)
@@ -201,13 +205,14 @@ class FusedLlama:
     def _attend(self, where: Placement, num_new: int) -> Attend:
         """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
         if self.gpu_kernels == "triton" and num_new <= MAX_TRITON_NODES:
-            return triton_attend(where.offsets, where.visible)
+            return triton_attend(where.offsets, where.depths, where.visible, self.window)
         mask = step_mask(
             offsets=where.offsets,
             depths=where.depths,
             visible=where.visible,
             length=where.length,
             dtype=self.dtype,
+            window=self.window,
         )
         return masked_attend(mask, self.groups)
 

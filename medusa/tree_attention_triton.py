@@ -55,9 +55,9 @@ def _by_node(row, num_heads, num_rows, num_nodes):
 @triton.jit
 def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_heads, num_rows, num_nodes, size,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
-            stride_seen_b, stride_seen_n, out,
+            stride_seen_b, stride_seen_n, out, depths, stride_depth_b, window,
             ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
-            WHOLE: tl.constexpr):  # fmt: skip
+            WHOLE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """Softmax over one piece of one row's keys: partial [B,H,M,C,E] not yet divided, its largest score and its sum; or,
     where one piece is the `WHOLE`, the result."""
     sequence = (tl.program_id(0) // num_heads).to(tl.int64)
@@ -74,10 +74,14 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
 
     prefix = tl.load(offsets + sequence).to(tl.int32)
     end = prefix + num_nodes
-    width = tl.cdiv(tl.cdiv(end, num_pieces), KEYS) * KEYS
-    first = piece * width
+    begin = 0
+    if WINDOW:  # the root's begins first
+        begin = tl.maximum(prefix - window + 1, 0) // KEYS * KEYS
+        before = prefix + tl.load(depths + sequence * stride_depth_b + node).to(tl.int32) - window
+    width = tl.cdiv(tl.cdiv(end - begin, num_pieces), KEYS) * KEYS
+    first = begin + piece * width
     last = tl.minimum(first + width, end)
-    # Blocks that lie in the prefix as a whole are seen by everyone; the others may hold nodes of the tree.
+    # Blocks that lie in the prefix as a whole are seen by everyone but for a window; the others may hold nodes of the tree.
     unmasked = tl.minimum(tl.maximum(prefix // KEYS * KEYS, first), tl.maximum(last, first))
 
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -86,7 +90,10 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
     for start in range(first, unmasked, KEYS):
         places = start + tl.arange(0, KEYS)
         is_key = places < prefix
-        most, total, seen = _attend_block(query, k, v, places, is_key, is_key[None, :], most, total, seen,
+        sees = is_key[None, :]
+        if WINDOW:
+            sees = sees & (places[None, :] > before[:, None])
+        most, total, seen = _attend_block(query, k, v, places, is_key, sees, most, total, seen,
                                           scale, stride_k, stride_v, size, HEAD, PRECISION)  # fmt: skip
     for start in range(unmasked, last, KEYS):
         places = start + tl.arange(0, KEYS)
@@ -95,7 +102,10 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
         is_node = is_key & (other >= 0)
         pair = visible + sequence * stride_seen_b + node[:, None] * stride_seen_n + other[None, :]
         sees = tl.load(pair, mask=is_node[None, :] & is_row[:, None], other=0) != 0
-        sees = sees | (is_key & (other < 0))[None, :]
+        in_prefix = (is_key & (other < 0))[None, :]
+        if WINDOW:
+            in_prefix = in_prefix & (places[None, :] > before[:, None])
+        sees = sees | in_prefix
         most, total, seen = _attend_block(query, k, v, places, is_key, sees, most, total, seen,
                                           scale, stride_k, stride_v, size, HEAD, PRECISION)  # fmt: skip
     if WHOLE:
@@ -136,6 +146,8 @@ def tree_attention(
     offsets: Tensor,
     visible: Tensor,
     *,
+    depths: Tensor | None = None,
+    window: int | None = None,
     scale: float | None = None,
     num_pieces: int | None = None,
 ) -> Tensor:
@@ -143,7 +155,9 @@ def tree_attention(
     each node's query heads side by side, as the product that follows reads them.
 
     `visible` [B,N,N] bool says which nodes, the keys right behind a prefix, see which; query row m is node m mod N. The
-    last dimension of keys, values and `visible` lies in one piece. `scale` is 1/√E by default, `num_pieces` fits the GPU.
+    last dimension of keys, values and `visible` lies in one piece. With a `window` a node sees only what lies less than that
+    many positions back, by the nodes' `depths` [B,N] below the root, which is node 0; among the nodes `visible` must say so
+    already. `scale` is 1/√E by default, `num_pieces` fits the GPU.
     """
     batch, num_heads, num_rows, size = query.shape
     num_nodes = visible.shape[-1]
@@ -171,11 +185,13 @@ def tree_attention(
         batch, num_nodes, num_heads * (num_rows // num_nodes), size, dtype=query.dtype, device=query.device
     )
     seen = visible.view(torch.uint8)
+    assert (window is None) or (depths is not None and depths.stride(1) == 1)
+    depths = offsets[:, None] if depths is None else depths  # not read without a window
     _pieces[(batch * num_heads, row_blocks, pieces)](
         query, keys, values, offsets, seen, partial, most, total, scale or size**-0.5,
         num_heads, num_rows, num_nodes, size, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        *seen.stride()[:2], out, ROWS=block_rows, KEYS=block, HEAD=head,
-        PRECISION="ieee" if exact else "tf32", WHOLE=whole,
+        *seen.stride()[:2], out, depths, depths.stride(0), window or 0, ROWS=block_rows, KEYS=block, HEAD=head,
+        PRECISION="ieee" if exact else "tf32", WHOLE=whole, WINDOW=window is not None,
     )  # fmt: skip
     if not whole:
         _join[(batch * num_heads * num_rows,)](

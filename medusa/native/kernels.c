@@ -91,6 +91,7 @@ typedef struct {
 typedef struct {
     const Layer *layers;
     int64_t num_layers, hidden, num_kv_heads, groups, head_dim;
+    int64_t window; /* positions that a query sees, its own the last; 0: all before it */
     float eps;
     const float *norm, *cos, *sin; /* cos and sin [positions][E / 2] */
 } Model;
@@ -618,10 +619,13 @@ static void transpose_masks(const Step *s, uint8_t *seen_by, int64_t thread, int
         }
 }
 
-/* A block of queries of one key/value head. Where keys are multiplied as tiles it has SIDE queries, else QUERIES. */
+/* A block of queries of one key/value head. Where keys are multiplied as tiles it has SIDE queries, else QUERIES.
+   Positions count from the first that any of them sees. */
 typedef struct {
-    int64_t prefix, num_new, size; /* positions that all see, positions behind them, head size */
+    int64_t prefix, num_new, size; /* positions before the new ones, new ones, head size */
     int64_t span;                  /* positions that are looked at: no query sees a later one */
+    int64_t all_see;               /* from here to the prefix's end nothing lies outside a query's window */
+    int32_t begins[SIDE];          /* where each query's window does */
     const uint16_t *keys, *values;
     const float *query[SIDE];    /* a short block repeats its last query */
     float *out[SIDE];
@@ -639,6 +643,22 @@ static int64_t seen_span(const Block *b, const uint8_t *visible)
         most = end;
     }
     return b->prefix + most;
+}
+
+/* Begin the block where the first of its queries' windows does; `positions` are those of its sequence's new rows. */
+static void open_window(Block *b, int64_t window, const int64_t *positions)
+{
+    int64_t first = b->prefix, last = 0, begins[SIDE];
+    for (int q = 0; q < b->width; q++) {
+        const int64_t begin = positions[b->node[q]] - window + 1;
+        begins[q] = begin < 0 ? 0 : begin > b->prefix ? b->prefix : begin;
+        first = begins[q] < first ? begins[q] : first;
+        last = begins[q] > last ? begins[q] : last;
+    }
+    for (int q = 0; q < b->width; q++) b->begins[q] = (int32_t)(begins[q] - first);
+    b->all_see = last - first;
+    b->prefix -= first, b->span -= first;
+    b->keys += first * b->size, b->values += first * b->size;
 }
 
 /* Dot products of keys and queries into weights [span][QUERIES]. */
@@ -697,9 +717,12 @@ static void soften_wide(const Block *b, const uint8_t *seen_by, int64_t stride, 
     const Floats scale = spread(1.0f / sqrtf((float)b->size)), never = spread(-INFINITY);
     Floats most = never, sum = {0};
     Bytes place;
+    Ints begins;
+    memcpy(&begins, b->begins, sizeof begins);
     for (int q = 0; q < SIDE; q++) place[q] = (uint8_t)(b->node[q] - b->node[0]);
     for (int64_t t = 0; t < b->span; t++) {
         Floats score = load(weights + t * SIDE) * scale;
+        if (t < b->all_see) score = choose(begins <= (int32_t)t, score, never);
         if (t >= b->prefix) score = choose(visible_to(seen_by, stride, t - b->prefix, b->node[0], place), score, never);
         store(weights + t * SIDE, score);
         most = choose(score > most, score, most);
@@ -729,6 +752,8 @@ static void soften(const Block *b, const uint8_t *visible, float *weights, float
     Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum = {0};
     for (int64_t t = 0; t < b->span; t++) {
         Four score = *(const AnyFour *)(weights + t * QUERIES) * scale;
+        for (int q = 0; t < b->all_see && q < QUERIES; q++)
+            if (t < b->begins[q]) score[q] = -INFINITY;
         if (t >= b->prefix)
             for (int q = 0; q < QUERIES; q++)
                 if (!visible[b->node[q] * b->num_new + t - b->prefix]) score[q] = -INFINITY;
@@ -807,6 +832,7 @@ static void attention(const Model *m, const Step *s, const uint16_t *cache, cons
         }
         const uint8_t *visible = s->visible + b * s->visible_stride;
         block.span = seen_span(&block, visible);
+        if (m->window) open_window(&block, m->window, s->positions + b * s->num_new);
         const uint8_t *own_mask = seen_by + (s->visible_stride ? b * s->num_new * mask_stride(s) : 0);
         if (side == SIDE) dots_in_tiles(&block, weights);
         else dots(&block, weights);

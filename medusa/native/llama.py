@@ -46,6 +46,7 @@ class CModel(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("norm", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
@@ -113,6 +114,7 @@ class NativeLlama:
         groups: int,
         head_dim: int,
         eps: float,
+        window: int | None = None,
     ) -> None:
         self._held = (list(layers), norm, cos.contiguous(), sin.contiguous())  # the kernels know their addresses only
         self._layers = (CLayer * len(layers))(*(layer.c() for layer in layers))
@@ -123,6 +125,7 @@ class NativeLlama:
             num_kv_heads=num_kv_heads,
             groups=groups,
             head_dim=head_dim,
+            window=window or 0,
             eps=eps,
             norm=norm.data_ptr(),
             cos=self._held[2].data_ptr(),
@@ -130,7 +133,10 @@ class NativeLlama:
         )
 
     def __call__(self, hidden: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
-        """Embeddings [B,N,D] at positions [B,N] → last hidden states [B,N,D], in place; keys and values are written."""
+        """Embeddings [B,N,D] at positions [B,N] → last hidden states [B,N,D], in place; keys and values are written.
+
+        A window hides the prefix here; what it hides of the new positions `where.visible` must say.
+        """
         batch, num_new = positions.shape
         assert hidden.is_contiguous() and (hidden.dtype, cache.store.dtype) == (torch.float32, torch.bfloat16)
         offsets, positions, visible = where.offsets.contiguous(), positions.contiguous(), where.visible.contiguous()

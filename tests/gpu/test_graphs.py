@@ -74,7 +74,7 @@ def engine_answers(
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(
     ("family", "fused"),
-    [("llama", True), ("qwen2", True), ("qwen3", True), ("llama", False), ("gemma3_text", False)],
+    [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", True), ("llama", False), ("gemma3_text", False)],
 )
 def test_graphs_decode_what_eager_steps_decode(
     family: str, fused: bool, tree: str, kind: HeadKind, scheme: str
@@ -103,20 +103,25 @@ def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str) -
     assert sum(a[:3] == b[:3] for a, b in zip(low, high, strict=True)) >= 3
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("scheme", ["greedy", "rejection", "typical"])
-def test_the_triton_kernel_decodes_what_the_masked_one_decodes(scheme: str) -> None:
+def test_the_triton_kernel_decodes_what_the_masked_one_decodes(scheme: str, family: str) -> None:
     pytest.importorskip("triton")
     for tree in TREES:
-        answers = [engine_answers("cuda", tree=tree, scheme=scheme, kernel=kernel) for kernel in ("torch", "triton")]
+        answers = [
+            engine_answers("cuda", family=family, tree=tree, scheme=scheme, kernel=kernel)
+            for kernel in ("torch", "triton")
+        ]
         assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "nodes"), [(32, 1, 128, 64), (3, 3, 64, 16), (8, 4, 128, 1), (2, 2, 32, 200)]
 )
 def test_the_triton_kernel_attends_as_the_masked_one(
-    heads: int, groups: int, size: int, nodes: int, dtype: torch.dtype
+    heads: int, groups: int, size: int, nodes: int, window: int | None, dtype: torch.dtype
 ) -> None:
     triton_attention = pytest.importorskip("medusa.tree_attention_triton")
     offsets, length = torch.tensor([0, 1, 700, 1024], device="cuda"), 1280
@@ -127,10 +132,12 @@ def test_the_triton_kernel_attends_as_the_masked_one(
     query = torch.randn(4, heads, groups * nodes, size, dtype=dtype, device="cuda")
     keys, values = torch.randn(2, 4, heads, length, size, dtype=dtype, device="cuda")
     depths = visible.sum(dim=1) - 1
-    mask = step_mask(offsets=offsets, depths=depths, visible=visible, length=length, dtype=torch.float32)
+    mask = step_mask(offsets=offsets, depths=depths, visible=visible, length=length, dtype=torch.float32, window=window)
     wide = (x.float() for x in (query, keys, values))
     want = F.scaled_dot_product_attention(*wide, attn_mask=mask.repeat(1, 1, groups, 1))
-    found = triton_attention.tree_attention(query, keys, values, offsets, visible.expand(4, -1, -1))
+    found = triton_attention.tree_attention(
+        query, keys, values, offsets, visible.expand(4, -1, -1), depths=depths.expand(4, -1), window=window
+    )
     found = found.transpose(1, 2).reshape(query.shape)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3 if dtype == torch.float16 else 2e-5
     torch.testing.assert_close(found.float(), want, rtol=tolerance, atol=tolerance)

@@ -33,7 +33,6 @@ from medusa.heads import LogitTransform
 from medusa.tree import Tree
 from tests.tiny_models import (
     FAMILIES,
-    MAX_CONTEXT,
     make_tiny_backbone_model,
     make_tiny_tokenizer,
     save_tiny_folder,
@@ -146,15 +145,23 @@ def test_sources_that_do_not_exist_get_one_line(tmp_path: Path) -> None:
         load_backbone(tmp_path, dtype="int3")
 
 
-FUSED: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}
+FUSED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 3}),  # which hides nodes of a tree from each other
+    ("mistral", {"sliding_window": 8}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
+    ("qwen3", {}),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FUSED)
-def test_the_fused_path_equals_the_generic_one(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("family", "overrides"), FUSED)
+def test_the_fused_path_equals_the_generic_one(family: str, overrides: dict[str, Any], dtype: torch.dtype) -> None:
     """A prompt, then a tree behind prefixes of different lengths. In low precision the oracle is float64, and the fused
     path, whatever kernel this CPU gives it, may err no more than twice what the generic one does."""
-    model = with_drawn_vectors(make_tiny_backbone_model(family, 4, **FUSED[family])).to(dtype)
+    model = with_drawn_vectors(make_tiny_backbone_model(family, 4, **overrides)).to(dtype)
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
     generic = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama")
     fused = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama", fused=FusedLlama(model))
@@ -211,10 +218,11 @@ def test_fusing_adds_no_copy_of_weights_that_stay_as_they_are() -> None:
 
 
 def test_the_fused_path_declines_what_it_does_not_compute() -> None:
-    for family, overrides in FUSED.items():
+    for family, overrides in FUSED:
         assert FusedLlama.fits(make_tiny_backbone_model(family, **overrides))
-    assert FusedLlama.fits(make_tiny_backbone_model("mistral", sliding_window=MAX_CONTEXT))
     for family, field in (("llama", "attention_bias"), ("llama", "mlp_bias"), ("qwen3", "attention_bias")):
         assert not FusedLlama.fits(make_tiny_backbone_model(family, **{field: True}))
-    assert not FusedLlama.fits(make_tiny_backbone_model("mistral", sliding_window=MAX_CONTEXT - 1))
+    assert not FusedLlama.fits(
+        make_tiny_backbone_model("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    ), "layers that see differently"
     assert not FusedLlama.fits(make_tiny_backbone_model("gemma2"))

@@ -61,12 +61,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def tiny(
-    seed: int = 4, *, family: str = "llama", groups: int = 2, int8: bool = False, hidden_size: int = 64
+    seed: int = 4,
+    *,
+    family: str = "llama",
+    groups: int = 2,
+    int8: bool = False,
+    hidden_size: int = 64,
+    **overrides: Any,
 ) -> tuple[Backbone, Backbone]:
     """(through the kernels, in float64), the same weights. Head size 16, widths that fill no whole panel."""
     made = make_tiny_backbone_model(
         family, seed, torch.bfloat16, hidden_size=hidden_size, head_dim=16, num_attention_heads=4,
-        num_key_value_heads=4 // groups, intermediate_size=74, vocab_size=301, initializer_range=0.15,
+        num_key_value_heads=4 // groups, intermediate_size=74, vocab_size=301, initializer_range=0.15, **overrides,
     )  # fmt: skip
     model = with_drawn_vectors(made)
     exact = Backbone(model=copy.deepcopy(model).double(), tokenizer=make_tiny_tokenizer(), name="llama")
@@ -187,10 +193,20 @@ def gap(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("family", "groups"), [("llama", 1), ("llama", 2), ("llama", 4), ("qwen2", 2), ("qwen3", 1), ("qwen3", 2)]
+    ("family", "groups", "window"),
+    [
+        ("llama", 1, None),
+        ("llama", 2, None),
+        ("llama", 4, None),
+        ("qwen2", 2, None),
+        ("qwen3", 1, None),
+        ("qwen3", 2, None),
+        ("mistral", 2, 3),
+        ("mistral", 4, 8),
+    ],
 )
 def test_layers_equal_the_model_in_float64(
-    family: str, groups: int, threads: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, groups: int, window: int | None, threads: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt, then a tree behind prefixes of different lengths: hidden states, keys and values.
 
@@ -198,7 +214,7 @@ def test_layers_equal_the_model_in_float64(
     fall to different sides. Tiles round all that they multiply, by up to half a unit in 256.
     """
     near = 1e-2 if tiles else 1e-3
-    backbones = tiny(family=family, groups=groups)
+    backbones = tiny(family=family, groups=groups, sliding_window=window)
     ids = torch.randint(0, 300, (2, 9))
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]).on(CPU)
     behind = Placement(
@@ -230,9 +246,9 @@ def hidden_of(backbone: Backbone, prompt: list[int], new: list[int], visible: Te
 
 
 @settings(max_examples=30, deadline=None)
-@given(tree=trees(max_nodes=20), seed=st.integers(0, 99))
-def test_a_node_is_bit_for_bit_its_path_alone(tree: Tree, seed: int) -> None:
-    backbone, _ = tiny()
+@given(tree=trees(max_nodes=20), seed=st.integers(0, 99), window=st.sampled_from([None, 2, 5, 13]))
+def test_a_node_is_bit_for_bit_its_path_alone(tree: Tree, seed: int, window: int | None) -> None:
+    backbone, _ = tiny(family="mistral", sliding_window=window)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, 300, (1 + seed % 17,), generator=generator).tolist()
     tokens = torch.randint(0, 300, (tree.num_nodes,), generator=generator).tolist()
@@ -245,9 +261,10 @@ def test_a_node_is_bit_for_bit_its_path_alone(tree: Tree, seed: int) -> None:
         assert torch.equal(together[node], alone[-1])
 
 
-def test_in_bfloat16_a_tree_in_a_batch_answers_as_plain_decoding_alone() -> None:
+@pytest.mark.parametrize("window", [None, 12])
+def test_in_bfloat16_a_tree_in_a_batch_answers_as_plain_decoding_alone(window: int | None) -> None:
     """What float32 alone promises elsewhere: no near-tie can flip."""
-    backbone, _ = tiny()
+    backbone, _ = tiny(family="mistral", sliding_window=window)
     heads = random_heads(backbone).float()  # as a checkpoint is loaded: in the type of the steps
     tree = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1)])
 

@@ -19,21 +19,27 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TREE = Tree.full([4, 2])
 
 
-def reference(query: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, visible: Tensor) -> Tensor:
+def reference(
+    query: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, visible: Tensor, *, window: int | None = None
+) -> Tensor:
     """Row by row, in float64, over what each node may see and nothing else."""
     out, num_nodes = torch.zeros_like(query, dtype=torch.float64), visible.shape[-1]
+    depths = visible.sum(dim=-1) - 1
     for b, prefix in enumerate(offsets.tolist()):
         for m in range(query.shape[2]):
-            seen = [*range(prefix), *(prefix + n for n in range(num_nodes) if visible[b, m % num_nodes, n])]
+            position = prefix + int(depths[b, m % num_nodes])
+            begin = 0 if window is None else max(0, position - window + 1)
+            seen = [*range(begin, prefix), *(prefix + n for n in range(num_nodes) if visible[b, m % num_nodes, n])]
             k, v, q = (x.double() for x in (keys[b, :, seen], values[b, :, seen], query[b, :, m]))
             weights = torch.softmax(torch.einsum("he,hse->hs", q, k) * query.shape[-1] ** -0.5, dim=-1)
             out[b, :, m] = torch.einsum("hs,hse->he", weights, v)
     return out
 
 
-def attended(query: Tensor, *others: Tensor, num_pieces: int | None = None) -> Tensor:
+def attended(query: Tensor, *others: Tensor, num_pieces: int | None = None, window: int | None = None) -> Tensor:
     """The kernel's result, from node by node [B,N,H·G,E] back to the query's own order [B,H,G·N,E]."""
-    found = kernels.tree_attention(query, *others, num_pieces=num_pieces)
+    depths = others[-1].sum(dim=-1) - 1
+    found = kernels.tree_attention(query, *others, depths=depths, window=window, num_pieces=num_pieces)
     return found.transpose(1, 2).reshape(query.shape)
 
 
@@ -71,6 +77,14 @@ def test_the_kernel_is_the_textbooks_attention(
     torch.testing.assert_close(found.double(), reference(*made), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("window", [4, 64, 65, 100, 1000])
+def test_a_window_hides_what_lies_further_back_of_each_node(window: int, pieces: int) -> None:
+    made = case(3, 16, [0, 3, 70, 150], TREE, torch.float32)
+    found = attended(*made, num_pieces=pieces, window=window)
+    torch.testing.assert_close(found.double(), reference(*made, window=window), rtol=1e-5, atol=1e-5)
+
+
 def test_each_row_may_have_its_own_tree() -> None:
     query, keys, values, offsets, _ = case(2, 16, [9, 70], Tree.chain(4), torch.float32)
     visible = torch.stack([Tree.chain(4).ancestor_mask, Tree.full([2, 1]).ancestor_mask]).to(DEVICE)
@@ -89,13 +103,16 @@ def test_float64_is_refused_by_name() -> None:
         kernels.tree_attention(*case(1, 16, [3], TREE, torch.float64))
 
 
+@pytest.mark.parametrize("window", [None, 2, 6])
 @pytest.mark.parametrize("longest", [256, 4])
-def test_an_engine_decodes_the_same_with_either_kernel(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_decodes_the_same_with_either_kernel(
+    longest: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With 4, prompts and the tree itself are longer than what the kernel reads: a mask serves behind the other kernels."""
     monkeypatch.setattr(fused_llama, "MAX_TRITON_NODES", longest)
     answers = []
     for kernel in ("torch", "triton"):
-        backbone = tiny_backbone(seed=3, num_hidden_layers=1)
+        backbone = tiny_backbone("mistral", seed=3, num_hidden_layers=1, sliding_window=window)
         backbone.model.to(DEVICE)
         backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernel)  # type: ignore[arg-type]
         engine = Engine(backbone, random_heads(backbone).to(DEVICE), tree=TREE, max_batch_size=2, context_length=64)
