@@ -27,13 +27,20 @@ from pipelines.config import ServeSection
 _ANSWERING = "medusa.answering"
 
 
-def create_app(service: Service, settings: ServeSection | None = None, *, behind_proxy: bool = False) -> Front:
+def create_app(
+    service: Service,
+    settings: ServeSection | None = None,
+    *,
+    keys: KeyRing | None = None,
+    behind_proxy: bool = False,
+) -> Front:
     """The application; starting and stopping `service.loop` is the caller's business.
 
-    `behind_proxy`: the proxy in front sends `x-request-id` itself, as Ray Serve's does. Raises KeyFileError.
+    `keys` open it, by default those of the settings: KeyFileError where their file is bad. `behind_proxy`: the proxy in
+    front sends `x-request-id` itself, as Ray Serve's does.
     """
     settings = settings or ServeSection()
-    keys = KeyRing.of(settings)
+    keys = KeyRing.of(settings) if keys is None else keys
     # No pages of interactive documentation: they would load scripts from elsewhere.
     app = FastAPI(title="Medusa on Ray", version=_version(), docs_url=None, redoc_url=None)
     answer_errors(app)

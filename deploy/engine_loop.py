@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deploy.admission import Admission, Load
@@ -36,16 +36,22 @@ DRAIN_POLL_S = 0.02
 
 @dataclass(eq=False, kw_only=True)
 class Lane:
-    """One engine of the loop, what makes it anew after a failed step, and the tokenizer that its answers are read with."""
+    """One engine of a loop and the tokenizer that its answers are read with.
+
+    `make_engine` is called at once, in the caller's thread, and again after a step failed: its state is then unknown.
+    """
 
     make_engine: Callable[[], Engine]
-    engine: Engine
     tokenizer: Any
+    engine: Engine = field(init=False)
     failed_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.engine = self.make_engine()
 
 
 class EngineLoop:
-    """Owns the engines' thread. `make_engine` is called at once, and again after a step failed: its state is then unknown.
+    """Owns the engines' thread; begins with a lane of `make_engine` and `tokenizer`.
 
     At most `max_batch_size + max_waiting` requests are in flight, and none is taken that would wait longer than
     `max_wait_s` for a slot, as far as the answers before tell: one more raises EngineOverloaded at once. `metrics` is
@@ -64,7 +70,7 @@ class EngineLoop:
     ) -> None:
         self.admission = Admission(max_waiting=max_waiting, max_wait_s=max_wait_s)
         self.metrics = metrics or Metrics()
-        self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
+        self._current = Lane(make_engine=make_engine, tokenizer=tokenizer)
         self._lanes = [self._current]  # the engine's thread: those that are stepped
         self.stall_after_s = stall_after_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -82,14 +88,10 @@ class EngineLoop:
         self._thread.start()
         return self
 
-    def switch(self, make_engine: Callable[[], Engine], tokenizer: Any) -> Lane:
-        """New requests go to a new engine, which is made here, in the caller's thread; what runs ends where it began.
-
-        The old engine is dropped after its last request. Whatever `make_engine` raises leaves everything as it was.
-        """
-        self._current = Lane(make_engine=make_engine, engine=make_engine(), tokenizer=tokenizer)
+    def switch(self, lane: Lane) -> None:
+        """New requests go to `lane`; what runs ends where it began. The old engine is dropped after its last request."""
+        self._current = lane
         self._orders.put(self._retire)
-        return self._current
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests, for good; True once none is in flight, False when some still are after `timeout_s`."""

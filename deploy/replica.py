@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deploy.api_keys import KeyRing
 from deploy.champion import Follower, RegistrySource
-from deploy.engine_loop import EngineLoop
+from deploy.engine_loop import EngineLoop, Lane
 from deploy.engines import EngineMaker
 from deploy.heads import HeadsOrigin, first_model, successor
 from deploy.metrics import Metrics
@@ -32,24 +33,26 @@ from pipelines.registry import Version
 
 logger = logging.getLogger(__name__)
 
-MakeApp = Callable[[Service, ServeSection], ASGIApp]
+MakeApp = Callable[[Service, ServeSection, KeyRing], ASGIApp]
 _FIXED = {
     "host": "the proxy listens, set it in http_options",
     "port": "the proxy listens, set it in http_options",
     "drain_s": "Ray Serve waits for answers, set the deployment's graceful_shutdown_timeout_s",
 }
 _OF_THE_ENGINE = ("max_batch_size", "context_length", "prefix_cache_tokens", "tree", "adaptive_tree", "cuda_graphs")
+_OF_THE_KEYS = ("api_keys", "api_keys_file")
 
 
 class ModelHost:
     """One model, its loop and its app; follows `serve.alias`. The methods may be called from any thread."""
 
     def __init__(self, config: Config, make_app: MakeApp, *, outlets: Sequence[Outlet] = ()) -> None:
-        """Load and start. `outlets` get the metrics beside `/metrics`. Raises BackboneError, CheckpointError, ValueError;
-        registry errors."""
+        """Load and start. `outlets` get the metrics beside `/metrics`. Raises BackboneError, CheckpointError, KeyFileError,
+        ValueError; registry errors."""
         use_threads(len(os.sched_getaffinity(0)), processes=1)
         self._config = config
         self._settings = config.serve
+        self._keys = KeyRing.of(config.serve)
         self._make_app = make_app
         self._name = Path(config.backbone.name).name
         self._metrics = Metrics(self._name, outlets=outlets)
@@ -61,7 +64,8 @@ class ModelHost:
             self._model.backbone.tokenizer,
             metrics=self._metrics,
         )
-        self.app = NewestApp(self._front())
+        self.app = NewestApp(self._front(self.loop.lane))
+        self._set_limits()
         self._follower = self._follow()
         self.loop.start()
         if self._origin.stands_in:
@@ -88,22 +92,22 @@ class ModelHost:
             if alias not in (None, self._settings.alias):
                 return
             self._model, self._origin = model, HeadsOrigin.of(version, self._settings.alias)
-            self.loop.switch(self._new_maker(), model.backbone.tokenizer)
-            self.app.newest = self._front()
+            self._serve(self._new_lane())
 
     def reconfigure(self, given: Mapping[str, Any]) -> None:
         """Lay `given`, keys of the section `serve`, over the configuration; what they do not change goes on as it is.
 
-        Another alias has been looked up when this returns. Raises ConfigError for keys or values that cannot be.
+        Another alias has been looked up when this returns. Raises ConfigError for keys or values that cannot be,
+        KeyFileError.
         """
         settings, before = overlaid(self._config.serve, given), self._settings
         if settings == before:
             return
         with self._change():
             self._settings = settings
-            if any(getattr(before, name) != getattr(settings, name) for name in _OF_THE_ENGINE):
-                self.loop.switch(self._new_maker(), self._model.backbone.tokenizer)
-            self.app.newest = self._front()
+            if _differ(before, settings, _OF_THE_KEYS):  # else the keys stay, also while their file is bad
+                self._keys = KeyRing.of(settings)
+            self._serve(self._new_lane() if _differ(before, settings, _OF_THE_ENGINE) else self.loop.lane)
         if (before.alias, before.follow_s) != (settings.alias, settings.follow_s):
             self._follower.stop()
             self._follower = self._follow()
@@ -116,13 +120,13 @@ class ModelHost:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
-        """One change at a time, whole or not at all. An app that stays keeps its engine, whatever the loop's newest is."""
+        """One change at a time, whole or not at all."""
         with self._changing:
-            before = self._settings, self._model, self._origin, self._maker
+            before = self._settings, self._keys, self._model, self._origin, self._maker
             try:
                 yield
             except BaseException:
-                self._settings, self._model, self._origin, self._maker = before
+                self._settings, self._keys, self._model, self._origin, self._maker = before
                 raise
 
     def _new_maker(self) -> EngineMaker:
@@ -131,25 +135,37 @@ class ModelHost:
         self._maker = EngineMaker(self._model, self._settings, costs=costs, on_step=self._metrics.step)
         return self._maker
 
-    def _front(self) -> ASGIApp:
-        """An app over the model as it is now, its limits set."""
-        settings = self._settings
-        admission = self.loop.admission
+    def _new_lane(self) -> Lane:
+        return Lane(make_engine=self._new_maker(), tokenizer=self._model.backbone.tokenizer)
+
+    def _serve(self, lane: Lane) -> None:
+        """New requests get the model and the settings as they are now, from `lane`. The app, which can fail, comes first."""
+        app = self._front(lane)
+        self.loop.switch(lane)
+        self._set_limits()
+        self.app.newest = app
+
+    def _set_limits(self) -> None:
+        settings, admission = self._settings, self.loop.admission
         admission.max_waiting, admission.max_wait_s = settings.max_waiting, settings.max_wait_s
         self.loop.stall_after_s = settings.stall_after_s
+
+    def _front(self, lane: Lane) -> ASGIApp:
+        """An app over the model as it is now, answered by `lane`."""
         service = Service(
             name=self._name,
             model=self._model,
             loop=self.loop,
-            lane=self.loop.lane,
+            lane=lane,
             fingerprint=f"fp_{self._model.backbone.fingerprint}_{self._origin.label}",
             status=self.status,
         )
+        app = self._make_app(service, self._settings, self._keys)
         self._metrics.serving(self.version)
         logger.info(
             "serving %s with heads %s, a tree of %d nodes", service.name, self.version, self._model.tree.num_nodes
         )
-        return self._make_app(service, settings)
+        return app
 
     def _follow(self) -> Follower:
         alias, every_s = self._settings.alias, self._settings.follow_s
@@ -172,6 +188,10 @@ class NewestApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.newest(scope, receive, send)
+
+
+def _differ(one: ServeSection, other: ServeSection, names: Sequence[str]) -> bool:
+    return any(getattr(one, name) != getattr(other, name) for name in names)
 
 
 def overlaid(section: ServeSection, given: Mapping[str, Any]) -> ServeSection:

@@ -22,6 +22,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
+from deploy.api_keys import KeyRing
 from deploy.app import create_app
 from deploy.autoscaling import RUNNING, SLOTS, WAITING
 from deploy.heads import STAND_INS
@@ -110,8 +111,8 @@ class Replica:
             host.stop()
 
 
-def _make_app(service: Service, settings: ServeSection) -> ASGIApp:
-    return create_app(service, settings, behind_proxy=True)
+def _make_app(service: Service, settings: ServeSection, keys: KeyRing) -> ASGIApp:
+    return create_app(service, settings, keys=keys, behind_proxy=True)
 
 
 def build(args: dict[str, Any]) -> Application:

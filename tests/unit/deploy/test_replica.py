@@ -19,6 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import medusa
+from deploy.api_keys import KeyFileError, KeyRing, hash_key
 from deploy.app import create_app
 from deploy.heads import successor
 from deploy.replica import ModelHost
@@ -79,8 +80,12 @@ def config(tiny_folder: Path, tmp_path: Path) -> Config:
     )  # fmt: skip
 
 
-def _app(service: Service, settings: ServeSection) -> Any:
-    return create_app(service, settings)
+def serving_with(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"serve": config.serve.model_copy(update=settings)})
+
+
+def _app(service: Service, settings: ServeSection, keys: KeyRing) -> Any:
+    return create_app(service, settings, keys=keys)
 
 
 @dataclass
@@ -223,6 +228,44 @@ def test_heads_that_do_not_fit_are_refused_before_anything_changes(
     assert host.loop.lane is lane
     assert host.version == "plain"
     assert ask(url)["system_fingerprint"].endswith("_plain")
+
+
+def test_a_key_file_that_is_bad_for_a_moment_keeps_no_champion_away(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(hash_key("mine"))
+    with started(serving_with(config, api_keys_file=file)) as host, http_server(host.app) as url:
+        champions.crown(save_heads(tmp_path / "heads"))
+        file.write_text("")
+        host._follower.look()
+        assert host.status() == {"version": "champion-v1"}
+        asked = [httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}) for key in ("mine", "yours")]
+        assert [response.status_code for response in asked] == [200, 401]
+
+
+def test_a_change_that_fails_changes_nothing(config: Config, save_heads: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither where the new key file is bad nor where an app cannot be made: engine, limits and version stay."""
+    made: list[Any] = []
+
+    def only_once(*given: Any) -> Any:
+        if made:
+            raise RuntimeError("no second app")
+        made.append(_app(*given))
+        return made[0]
+
+    host = ModelHost(config, only_once)
+    try:
+        before = host.loop.lane, host.loop.admission.max_waiting, host.version, host.app.newest
+        with pytest.raises(KeyFileError):
+            host.reconfigure({"context_length": 128, "max_waiting": 1, "api_keys_file": str(tmp_path / "none")})
+        with pytest.raises(RuntimeError):
+            host.reconfigure({"context_length": 128, "max_waiting": 1})
+        with pytest.raises(RuntimeError):
+            host.adopt(version_of(save_heads(tmp_path / "v1"), 1))
+        assert (host.loop.lane, host.loop.admission.max_waiting, host.version, host.app.newest) == before
+    finally:
+        host.stop()
 
 
 def test_loading_a_backbone_disturbs_no_answer_under_way(
@@ -387,8 +430,7 @@ def test_only_champions_have_champions_before_them(
     heads = save_heads(tmp_path / "good")
     champions.crown(heads)
     champions.registry.set_alias("canary", champions.add(damaged(heads)))
-    section = config.serve.model_copy(update={"alias": "canary"})
-    with started(config.model_copy(update={"serve": section})) as host:
+    with started(serving_with(config, alias="canary")) as host:
         assert host.version == "plain"
 
 

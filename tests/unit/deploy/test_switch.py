@@ -31,8 +31,8 @@ def engine_of(model: Model, kind: type[Engine] = PacedEngine) -> Callable[[], En
     return lambda: kind(model.backbone, model.heads, tree=model.tree, max_batch_size=BATCH, context_length=CONTEXT)
 
 
-def switch(loop: EngineLoop, model: Model, kind: type[Engine] = PacedEngine) -> Lane:
-    return loop.switch(engine_of(model, kind), model.backbone.tokenizer)
+def switch(loop: EngineLoop, model: Model, kind: type[Engine] = PacedEngine) -> None:
+    loop.switch(Lane(make_engine=engine_of(model, kind), tokenizer=model.backbone.tokenizer))
 
 
 def tokens(pieces: list[Piece]) -> list[int]:
@@ -123,7 +123,7 @@ def test_an_engine_that_cannot_be_made_leaves_the_old_one_serving(model: Model, 
     with make_loop() as loop:
         before = loop.lane
         with pytest.raises(RuntimeError, match="out of memory"):
-            loop.switch(broken, model.backbone.tokenizer)
+            loop.switch(Lane(make_engine=broken, tokenizer=model.backbone.tokenizer))
         assert loop.lane is before
         pieces = asyncio.run(_ask_one(loop, model))
     assert tokens(pieces) == model.generate("Hello", max_tokens=24).token_ids
