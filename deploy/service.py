@@ -29,8 +29,13 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def context_length(self) -> int:
+        """Of the engine that answers, which need not be the loop's newest."""
+        return self.loop.context_length if self.lane is None else self.lane.engine.context_length
+
+    @property
     def card(self) -> ModelCard:
-        return ModelCard(id=self.name, created=self.created, max_model_len=self.loop.context_length)
+        return ModelCard(id=self.name, created=self.created, max_model_len=self.context_length)
 
     def check_name(self, name: str) -> None:
         """ApiError for another model's name."""

@@ -41,9 +41,9 @@ async def submit(
 ) -> Choices:
     """Queue every choice. ApiError where the request can never work, EngineOverloaded or EngineUnavailable where not now;
     nothing of it then stays queued."""
-    loop, vocab_size = service.loop, service.model.backbone.vocab_size
+    vocab_size = service.model.backbone.vocab_size
     params = [
-        sampling_params(request, room=loop.context_length - len(ids), vocab_size=vocab_size, settings=settings)
+        sampling_params(request, room=service.context_length - len(ids), vocab_size=vocab_size, settings=settings)
         for ids in prompts
     ]
     grammar = await asyncio.to_thread(grammar_of, request.response_format)

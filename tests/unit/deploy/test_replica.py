@@ -19,6 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import medusa
+from deploy import answering
 from deploy.api_keys import KeyFileError, KeyRing, hash_key
 from deploy.app import create_app
 from deploy.heads import successor
@@ -299,6 +300,22 @@ def test_reconfigure_changes_limits_without_touching_the_engine(host: ModelHost,
         host.loop.admission.max_waiting == 64
     )  # what is not given is what the configuration says, not what was given before
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] == 64
+
+
+def test_a_request_under_way_keeps_the_context_that_it_began_with(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_ids = answering._token_ids
+
+    def meanwhile(*given: Any) -> list[int]:
+        monkeypatch.undo()
+        host.reconfigure({"context_length": 256})
+        return token_ids(*given)
+
+    monkeypatch.setattr(answering, "_token_ids", meanwhile)
+    with started(serving_with(config, context_length=128)) as host, http_server(host.app) as url:
+        lengths = [ask(url, max_tokens=None, ignore_eos=True)["usage"]["total_tokens"] for _ in range(2)]
+    assert lengths == [128, 256]
 
 
 def test_reconfigure_follows_another_alias_at_once(
