@@ -20,14 +20,14 @@ from pipelines.config import ServeSection
 
 
 def num_choices(request: GenerationRequest, num_prompts: int, settings: ServeSection) -> int:
-    """How many answers are asked for. ApiError where one request may not ask for so many."""
+    """How many answers are asked for. ApiError where one request may not ask for so many, or an idle server not take them."""
     count = num_prompts * request.n
-    if count > settings.max_choices:
+    idle_takes = settings.max_batch_size + settings.max_waiting
+    limit = min(settings.max_choices, idle_takes)
+    if count > limit:
         asked = f"n {request.n}" if num_prompts == 1 else f"n {request.n} for {num_prompts} prompts"
         field = "n" if request.n > 1 else request.prompt_field
-        raise bad_request(
-            f"{asked} asks for {count} answers; one request may ask for {settings.max_choices}", param=field
-        )
+        raise bad_request(f"{asked} asks for {count} answers; one request may ask for {limit}", param=field)
     return count
 
 

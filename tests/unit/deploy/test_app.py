@@ -197,6 +197,20 @@ def test_a_body_too_large_is_a_413_announced_or_not(url: str) -> None:
         assert error_of(response)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(("max_waiting", "limit"), [(0, BATCH), (1, BATCH + 1), (64, 16)])
+def test_more_answers_than_an_idle_server_takes_are_a_400_that_names_the_limit(
+    make_loop: Callable, serve_app: Callable, max_waiting: int, limit: int
+) -> None:
+    """A 429 would have a client ask again for ever."""
+    settings = {"max_batch_size": BATCH, "max_waiting": max_waiting}
+    with make_loop(max_waiting=max_waiting) as loop, serve_app(loop, **settings) as url:
+        most, more = (httpx.post(f"{url}/v1/chat/completions", json={**ASK, "n": limit + i}) for i in range(2))
+    assert (most.status_code, more.status_code) == (200, 400)
+    error = error_of(more)
+    assert error["param"] == "n"
+    assert f"one request may ask for {limit}" in error["message"]
+
+
 def test_overload_is_a_429_with_retry_after(make_loop: Callable, serve_app: Callable) -> None:
     with make_loop(PacedEngine, max_waiting=-BATCH) as loop, serve_app(loop) as url:
         response = httpx.post(f"{url}/v1/chat/completions", json=ASK)
