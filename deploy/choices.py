@@ -107,7 +107,7 @@ async def events(choices: Choices, reply: Reply, *, usage: UsageIn) -> AsyncGene
     async with aclosing(choices.pieces()) as pieces:
         try:
             for index in range(len(choices)):
-                opening = reply.opening(index)
+                opening = reply.opening(index, **_so_far(choices, usage))
                 if opening is not None:
                     yield _event(opening, usage)
             async for index, piece in pieces:
@@ -124,14 +124,19 @@ async def events(choices: Choices, reply: Reply, *, usage: UsageIn) -> AsyncGene
 
 
 def _chunks(index: int, piece: Piece, choices: Choices, reply: Reply, usage: UsageIn) -> Iterator[BaseModel]:
-    so_far: dict[str, Any] = {}
-    if usage is UsageIn.EVERY_CHUNK:
-        so_far["usage"] = running_usage(choices.num_prompt_tokens, choices.num_tokens)
+    so_far = _so_far(choices, usage)
     if piece.text or piece.logprobs:
         yield reply.step(index, Text(text=piece.text, scored=list(piece.logprobs)), **so_far)
     if piece.completion is not None:
         at_the_end = reply.metrics(choices.completions) if choices.ended and usage is UsageIn.NONE else {}
         yield reply.closing(index, piece.completion.finish_reason, **so_far, **at_the_end)
+
+
+def _so_far(choices: Choices, usage: UsageIn) -> dict[str, Any]:
+    """What each chunk tells beside its text."""
+    if usage is not UsageIn.EVERY_CHUNK:
+        return {}
+    return {"usage": running_usage(choices.num_prompt_tokens, choices.num_tokens)}
 
 
 def _event(chunk: BaseModel, usage: UsageIn) -> str:

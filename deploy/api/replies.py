@@ -69,7 +69,7 @@ class Reply(ABC):
         """The answer to a request without `stream`."""
 
     @abstractmethod
-    def opening(self, index: int) -> BaseModel | None:
+    def opening(self, index: int, **account: Any) -> BaseModel | None:
         """What comes before the first text of a choice, if anything does."""
 
     @abstractmethod
@@ -108,9 +108,9 @@ class ChatReply(Reply):
         ]
         return ChatCompletion(**self._head, choices=choices, **self.account(completions))
 
-    def opening(self, index: int) -> ChatChunk:
+    def opening(self, index: int, **account: Any) -> ChatChunk:
         """The role comes first, in a chunk without text, as OpenAI sends it."""
-        return self._chunk(ChunkChoice(index=index, delta={"role": "assistant", "content": ""}))
+        return self._chunk(ChunkChoice(index=index, delta={"role": "assistant", "content": ""}), **account)
 
     def step(self, index: int, text: Text, **account: Any) -> ChatChunk:
         choice = ChunkChoice(index=index, delta={"content": text.text}, logprobs=self._logprobs(text))
@@ -158,7 +158,7 @@ class CompletionReply(Reply):
         ]
         return self._chunk(*choices, **self.account(completions))
 
-    def opening(self, index: int) -> None:
+    def opening(self, index: int, **account: Any) -> None:
         return None
 
     def step(self, index: int, text: Text, **account: Any) -> TextCompletion:

@@ -123,6 +123,22 @@ def test_logprobs_of_a_completion(loop: ScriptedLoop, serve_app: Callable, token
             assert ANSWER.startswith(token, offset)
 
 
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_chunk_tells_the_usage_so_far_where_it_is_asked_for(
+    loop: ScriptedLoop, serve_app: Callable, path: str, token_ids: list[int]
+) -> None:
+    """A chat's opening chunks too, which come before any token."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with serve_app(loop) as url:
+        response = httpx.post(f"{url}{path}", json={**ROUTES[path], "n": 2, "stream": True, "stream_options": options})
+    usages = [chunk["usage"] for chunk in chunks_of(response)]
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    assert len({usage["prompt_tokens"] for usage in usages}) == 1
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[-1] == 2 * len(token_ids)
+
+
 def test_no_logprobs_unless_asked(loop: ScriptedLoop, serve_app: Callable) -> None:
     with serve_app(loop) as url:
         for path, ask in ROUTES.items():
