@@ -69,6 +69,8 @@ class Choices:
                 left_s = self._deadline - asyncio.get_running_loop().time()
                 done, _ = await asyncio.wait(reads, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
                 if not done:
+                    for answer in self._answers:
+                        answer.cancel("timeout")
                     raise errors.timed_out(f"the answer took longer than the {self._timeout_s:g} s that a request may")
                 for read in sorted(done, key=reads.__getitem__):
                     index, piece = reads.pop(read), read.result()

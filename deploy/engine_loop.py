@@ -180,7 +180,7 @@ class EngineLoop:
             self._readers.pop(request.request_id, None)
             raise
         self._orders.put(lambda: self._admit(reader))
-        return Answer(reader, lambda: self._orders.put(lambda: self._cancel(reader)))
+        return Answer(reader, lambda reason: self._orders.put(lambda: self._cancel(reader, reason)))
 
     # The engine's thread
 
@@ -276,7 +276,7 @@ class EngineLoop:
             self._cancel(reader, "slow_reader")
             reader.send(SlowReader())
 
-    def _cancel(self, reader: Reader, reason: FailureReason = "cancelled") -> None:
+    def _cancel(self, reader: Reader, reason: FailureReason) -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""
         if self._forget(reader):
             reader.metrics.failure(reason)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from deploy import metric_names as names
 from deploy.metric_names import MODEL_LABEL, Spec
 from deploy.outlets import Outlet, PrometheusOutlet, Record
 from medusa.engine import Completion, Delta, StepRecord
 
-FailureReason = Literal["cancelled", "slow_reader", "invalid", "engine"]
-_EXPECTED_STATUSES = (400, 401, 404, 405, 413, 422, 429, 500, 503)  # there from the start, so that a rate has a zero
+FailureReason = Literal["cancelled", "timeout", "slow_reader", "invalid", "engine"]
+# There from the start, so that a rate has a zero.
+_EXPECTED_STATUSES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
 
 
 class Metrics:
@@ -129,8 +130,7 @@ class _RequestRecords:
         self.tokens = metrics.of(names.TOKENS)
         self.ttft = metrics.of(names.TTFT)
         self.itl = metrics.of(names.ITL)
-        reasons: tuple[FailureReason, ...] = ("cancelled", "slow_reader", "invalid", "engine")
-        self.failures = {reason: metrics.of(names.FAILURE, reason=reason) for reason in reasons}
+        self.failures = {reason: metrics.of(names.FAILURE, reason=reason) for reason in get_args(FailureReason)}
         self._success = {reason: metrics.of(names.SUCCESS, finished_reason=reason) for reason in ("stop", "length")}
         self._accepted_at: list[Record] = []
         self._cache_queries = metrics.of(names.CACHE_QUERIES)

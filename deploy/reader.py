@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.metrics import RequestMetrics
+from deploy.metrics import FailureReason, RequestMetrics
 from medusa.detokenize import TextStream
 from medusa.engine import Completion, Request
 from medusa.errors import MedusaError
@@ -94,7 +94,7 @@ class Reader:
 class Answer:
     """The pieces of one answer, as they come. `aclose` cancels what is left of it, also before the first was read."""
 
-    def __init__(self, reader: Reader, cancel: Callable[[], None]) -> None:
+    def __init__(self, reader: Reader, cancel: Callable[[FailureReason], None]) -> None:
         self._reader = reader
         self._cancel = cancel
         self._ended = False
@@ -117,6 +117,10 @@ class Answer:
         self._ended = item.completion is not None
         return item
 
-    async def aclose(self) -> None:
+    def cancel(self, reason: FailureReason) -> None:
+        """End what is left of it; of several reasons the first is counted."""
         self._ended = True
-        self._cancel()
+        self._cancel(reason)
+
+    async def aclose(self) -> None:
+        self.cancel("cancelled")

@@ -180,6 +180,9 @@ class ScriptedAnswer:
     async def __anext__(self) -> Piece:
         return await anext(self._pieces)
 
+    def cancel(self, reason: str) -> None:
+        """The script goes on until it is closed."""
+
     async def aclose(self) -> None:
         self._loop.closed += self._open
         self._open = False

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy import metric_names
 from deploy.metric_names import SPECS, Spec
 from deploy.metrics import Metrics
+from deploy.openapi import GENERATION
 from deploy.outlets import RayOutlet, Record
 from medusa.engine import Completion, Delta, FinishReason, Stats, StepRecord
 from tests.unit.deploy.conftest import BATCH, PacedEngine, wait_until
@@ -125,11 +126,12 @@ def test_load_errors_and_the_version_served(metrics: Metrics) -> None:
     assert (seen["num_requests_running"], seen["num_requests_waiting"], seen["num_slots"]) == (3, 2, 4)
     assert seen["kv_cache_usage_perc"] == 0.75
     assert (seen["http_errors_total{status=429}"], seen["http_errors_total{status=503}"]) == (1, 0)
+    assert all(seen[f"http_errors_total{{status={status}}}"] == 0 for status in GENERATION if status != 429)
     assert seen["http_errors_total{status=418}"] == 1
     assert (seen["model_info{version=champion-v1}"], seen["model_info{version=champion-v2}"]) == (0, 1)
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "slow_reader", "invalid", "engine"])
+@pytest.mark.parametrize("reason", ["cancelled", "timeout", "slow_reader", "invalid", "engine"])
 def test_a_request_that_ends_early_is_a_failure_and_no_success(metrics: Metrics, reason: Any) -> None:
     request = metrics.arrival()
     request.output(delta(1))
@@ -277,3 +279,16 @@ def test_a_client_that_leaves_is_a_failure_of_its_own_kind(make_loop: Callable, 
         wait_until(lambda: scraped(loop.metrics)["request_failure_total{reason=cancelled}"] == 1)
         wait_until(lambda: scraped(loop.metrics)["num_requests_running"] == 0)
         assert scraped(loop.metrics)["request_success_total{finished_reason=length}"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_time_is_up_is_a_timeout_and_no_clients_cancelling(
+    make_loop: Callable, serve_app: Callable, stream: bool
+) -> None:
+    """A stream began with 200: only `request_failure` tells of it."""
+    with make_loop(PacedEngine) as loop, serve_app(loop, request_timeout_s=0.2) as url:
+        ask(url, n=2, ignore_eos=True, stream=stream)
+        wait_until(lambda: scraped(loop.metrics)["request_failure_total{reason=timeout}"] == 2)
+        seen = scraped(loop.metrics)
+    assert seen["request_failure_total{reason=cancelled}"] == 0
+    assert seen["http_errors_total{status=408}"] == (0 if stream else 1)
