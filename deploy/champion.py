@@ -68,7 +68,8 @@ class Follower:
     """Looks every `every_s` seconds, in a thread of its own, whether another version bears the alias; adopts it.
 
     `adopt` takes a fetched version; whatever it raises is logged with the version, which is then left alone until the
-    alias names another. While the registry is out of reach the pauses grow, to five minutes at most; it is told once.
+    alias names another. `serving` is the version that is served as the alias's; None where another's is, or none. While the
+    registry is out of reach the pauses grow, to five minutes at most; it is told once.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Follower:
         self._refused: int | None = None
         self._refusal: str | None = None
         self._unreachable: str | None = None
+        self.vacant = False  # no version bore the alias at the last look
         self._failures = 0
         self._looking = threading.Lock()
         self._stopped = threading.Event()
@@ -141,7 +143,7 @@ class Follower:
     def _in_reach(self, version: Version | None) -> None:
         if self._failures:
             logger.info("the registry is in reach again")
-        self._failures, self._unreachable = 0, None
+        self._failures, self._unreachable, self.vacant = 0, None, version is None
         if version is None or version.number != self._refused:
             self._refused = self._refusal = None  # the alias has left the version that could not be served
 

@@ -25,17 +25,18 @@ STAND_INS = {DEFAULT: "the heads that come with the backbone", PLAIN: "the backb
 class HeadsOrigin:
     """Where the heads that are served are from; `label` is the word for it that clients see in `system_fingerprint`.
 
-    `version` is their number in the registry, None for heads that are not from there. `stands_in`: another version bears
-    the alias and could not be served.
+    `version` is their number in the registry and `alias` what it was found by, None for heads that are not from there.
+    `stands_in`: another version bears the alias and could not be served.
     """
 
     label: str
     version: int | None = None
+    alias: str | None = None
     stands_in: bool = False
 
     @classmethod
     def of(cls, version: Version, alias: str, *, stands_in: bool = False) -> HeadsOrigin:
-        return cls(label=f"{alias}-v{version.number}", version=version.number, stands_in=stands_in)
+        return cls(label=f"{alias}-v{version.number}", version=version.number, alias=alias, stands_in=stands_in)
 
 
 def first_model(config: Config) -> tuple[HeadsOrigin, Model]:

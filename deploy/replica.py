@@ -79,20 +79,27 @@ class ModelHost:
     def status(self) -> dict[str, str]:
         """What `/health` says beside that all is well: the version, and why it is not the one that it should be."""
         problem = self._follower.problem
+        if problem is None and self._follower.vacant and self._origin.version is not None:
+            problem = f"no version is {self._settings.alias!r}: {self.version} stays"
         return {"version": self.version} | ({"champion_error": problem} if problem else {})
 
     def adopt(self, version: Version, *, alias: str | None = None) -> None:
         """Serve a fetched version to new requests; those that run end on the one that they began with.
 
-        Nothing happens where `alias`, by which it was found, is no longer the one that is followed.
+        Nothing happens where `alias`, by which it was found, is no longer the one that is followed. The version that is
+        served already is only called by the alias that it now has.
         """
         assert version.folder is not None
-        model = successor(self._model, self._config.backbone, version.folder)
+        with self._changing:
+            model, served = self._model, self._origin.version
+        if version.number != served:
+            model = successor(model, self._config.backbone, version.folder)
         with self._change():
             if alias not in (None, self._settings.alias):
                 return
+            stays = model is self._model
             self._model, self._origin = model, HeadsOrigin.of(version, self._settings.alias)
-            self._serve(self._new_lane())
+            self._serve(self.loop.lane if stays else self._new_lane())
 
     def reconfigure(self, given: Mapping[str, Any]) -> None:
         """Lay `given`, keys of the section `serve`, over the configuration; what they do not change goes on as it is.
@@ -170,9 +177,8 @@ class ModelHost:
     def _follow(self) -> Follower:
         alias, every_s = self._settings.alias, self._settings.follow_s
         adopt = functools.partial(self.adopt, alias=alias)
-        return Follower(
-            RegistrySource(self._config, alias), adopt, serving=self._origin.version, every_s=every_s
-        ).start()
+        serving = self._origin.version if self._origin.alias == alias else None
+        return Follower(RegistrySource(self._config, alias), adopt, serving=serving, every_s=every_s).start()
 
 
 class NewestApp:

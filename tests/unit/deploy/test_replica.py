@@ -334,6 +334,36 @@ def test_reconfigure_follows_another_alias_at_once(
     assert ask(url)["system_fingerprint"].endswith("_canary-v2")
 
 
+def test_an_alias_of_the_version_that_is_served_renames_it_and_touches_no_engine(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    number = champions.crown(save_heads(tmp_path / "heads"))
+    with started(config) as host, http_server(host.app) as url:
+        model, lane = host._model, host.loop.lane
+        host.reconfigure({"alias": "staging"})
+        champions.registry.set_alias("staging", number)
+        for alias in ("staging", "champion", "staging"):
+            host.reconfigure({"alias": alias})
+            host._follower.look()
+            assert host.status() == {"version": f"{alias}-v{number}"}
+            assert ask(url, max_tokens=4)["system_fingerprint"].endswith(f"_{alias}-v{number}")
+        assert (host._model, host.loop.lane) == (model, lane)
+
+
+def test_an_alias_that_no_version_bears_is_told_while_another_version_is_served(
+    config: Config, champions: Champions, save_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    champions.crown(save_heads(tmp_path / "heads"))
+    with started(config) as host:
+        host.reconfigure({"alias": "champoin"})
+        assert host.status() == {
+            "version": "champion-v1",
+            "champion_error": "no version is 'champoin': champion-v1 stays",
+        }
+        host.reconfigure({})
+        assert host.status() == {"version": "champion-v1"}
+
+
 def test_what_was_replaced_is_freed_when_its_last_request_has_ended(host: ModelHost, url: str) -> None:
     """Without a collection of garbage: an engine may be gigabytes, and Python collects when it likes."""
     ask(url)
