@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 APPLICATION, DEPLOYMENT = "medusa", "replica"
 SERVE_FAILS = (ray.exceptions.RayError, RayServeException, TimeoutError)
+LEAST_LIMIT = 256  # requests
 AT_ONCE_S = 0.5  # a drain that takes no longer needs no word to the user
 AUTOSCALING: dict[str, Any] = {
     "min_replicas": 1,
@@ -56,12 +57,9 @@ class ServeError(MedusaError):
     """Serving cannot begin: the port is taken, or no replica comes up."""
 
 
-# Admission is the engine loop's, so that a refusal is an OpenAI error object; Serve's own plain-text limit lies behind it.
 @serve.deployment(
     name=DEPLOYMENT,
     autoscaling_config=AUTOSCALING,
-    max_ongoing_requests=256,
-    max_queued_requests=256,
     graceful_shutdown_wait_loop_s=0.5,
     health_check_period_s=5,
     health_check_timeout_s=15,
@@ -128,8 +126,14 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: Config, **options: Any) -> Application:
     """A replica's deployment over `config`; `options` are Ray Serve's, over those that stand above."""
-    options = {"graceful_shutdown_timeout_s": config.serve.drain_s} | options
+    options = {"graceful_shutdown_timeout_s": config.serve.drain_s, **_limits(config.serve)} | options
     return Replica.options(**options).bind(config.model_dump(mode="json"))  # type: ignore[attr-defined]
+
+
+def _limits(settings: ServeSection) -> dict[str, int]:
+    """Of Serve's own admission, whose refusals are plain text: behind the engine loop's, which are OpenAI error objects."""
+    limit = max(LEAST_LIMIT, 2 * (settings.max_batch_size + settings.max_waiting))
+    return {"max_ongoing_requests": limit, "max_queued_requests": limit}
 
 
 @contextlib.contextmanager

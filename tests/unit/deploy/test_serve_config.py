@@ -107,10 +107,13 @@ def test_scaling_is_decided_by_our_policy() -> None:
     assert AutoscalingConfig(**serve.AUTOSCALING).policy.policy_function == "deploy.autoscaling:SlotUsePolicy"
 
 
-def test_serves_admission_lies_behind_the_engines() -> None:
+@pytest.mark.parametrize("settings", [{}, {"max_waiting": 300}, {"max_batch_size": 256}])
+def test_serves_admission_lies_behind_the_engines(settings: dict[str, int]) -> None:
     """Else clients would see Serve's plain-text refusals."""
-    defaults = load_config(None).serve
-    assert serve.Replica.max_ongoing_requests > defaults.max_batch_size + defaults.max_waiting
+    admitted = load_config(None, [f"serve.{name}={value}" for name, value in settings.items()]).serve
+    config = serve.build({"serve": settings})._bound_deployment._deployment_config
+    for limit in (config.max_ongoing_requests, config.max_queued_requests):
+        assert limit > admitted.max_batch_size + admitted.max_waiting
 
 
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:
