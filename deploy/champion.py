@@ -13,7 +13,8 @@ from typing import Protocol
 
 from medusa.errors import MedusaError
 from pipelines.config import Config
-from pipelines.registry import CHAMPION, Registry, Version, open_registry, without_credentials
+from pipelines.credentials import without_credentials
+from pipelines.registry import CHAMPION, Registry, Version, open_registry
 
 logger = logging.getLogger(__name__)
 

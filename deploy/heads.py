@@ -13,7 +13,8 @@ from medusa.errors import BackboneError, CheckpointError
 from medusa.generate import Model
 from medusa.pretrained import pretrained_heads
 from pipelines.config import BackboneSection, Config
-from pipelines.registry import Version, tracking_uri, without_credentials
+from pipelines.credentials import without_credentials
+from pipelines.registry import Version, tracking_uri
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,9 @@ from deploy.service import Service
 from medusa.errors import MedusaError
 from pipelines.cluster import ray_session
 from pipelines.config import Config, ServeSection
+from pipelines.credentials import without_credentials
 from pipelines.errors import ConfigError
-from pipelines.registry import tracking_uri, without_credentials
+from pipelines.registry import tracking_uri
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from medusa.errors import MedusaError
 from pipelines.capacity import Need, require
 from pipelines.config import Config
+from pipelines.credentials import one_line
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import full_disk
 from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
@@ -130,7 +131,7 @@ def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Conf
         if (told := full_disk(error)) is not None:
             raise StageError(f"{told}, and run this again: what was finished is kept") from error
         if isinstance(error, MlflowException):
-            raise StageError(f"MLflow refuses: {' '.join(str(error).split()):.300}") from error
+            raise StageError(f"MLflow refuses: {one_line(error, limit=300)}") from error
         raise
 
 

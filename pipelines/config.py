@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from medusa.config import DEFAULT_DELTA, DEFAULT_EPSILON, MAX_TEMPERATURE
+from pipelines.credentials import without_credentials, without_credentials_in
 from pipelines.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -481,8 +482,8 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The configuration as YAML that `load_config` reads back equal, but for passwords in URIs, which are left out."""
+    return yaml.safe_dump(without_credentials_in(config.model_dump(mode="json")), sort_keys=False)
 
 
 def _find(path: Path) -> Path:
@@ -512,7 +513,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} must look like section.key=value")
+        raise ConfigError(f"override {without_credentials(repr(override))} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -523,7 +524,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+            raise ConfigError(f"override {key!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
         node = child
     node[parts[-1]] = value
 
@@ -537,7 +538,7 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str =
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} must be a section of keys, got {value!r}")
+                raise ConfigError(f"{name} must be a section of keys, got {without_credentials(repr(value))}")
             _refuse_unknown(value, section, f"{name}.")
 
 
@@ -557,7 +558,10 @@ def _keys(model: type[Section], prefix: str = "") -> Iterable[str]:
 
 
 def _describe(item: Any) -> str:
-    return f"{'.'.join(map(str, item['loc']))}: {reason_of(item)}, got {item['input']!r}"
+    told = f"{'.'.join(map(str, item['loc']))}: {reason_of(item)}"
+    if item["loc"][:2] == ("serve", "api_keys"):  # it may be a key, given in place of its hash
+        return told
+    return f"{told}, got {without_credentials(repr(item['input']))}"
 
 
 def reason_of(error: Any) -> str:

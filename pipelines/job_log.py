@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from medusa.errors import MedusaError
 from pipelines.config import Config
+from pipelines.credentials import one_line
 from pipelines.registry import Registry, RunLog, open_registry
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class JobLog:
             self.run_id = self._registry.run_for(self._key, self._params)
             self._log = RunLog(self._registry.tracking_uri, self.run_id)
         except _unreachable() as error:
-            logger.warning("%s is not logged: %s", self._key, " ".join(str(error).split())[:200])
+            logger.warning("%s is not logged: %s", self._key, one_line(error))
         return self
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
@@ -49,7 +50,7 @@ class JobLog:
         try:
             self._registry.end_run(self.run_id, failed=error is not None)
         except _unreachable() as fault:
-            logger.warning("%s is not logged as ended: %s", self._key, " ".join(str(fault).split())[:200])
+            logger.warning("%s is not logged as ended: %s", self._key, one_line(fault))
 
 
 def _unreachable() -> tuple[type[Exception], ...]:

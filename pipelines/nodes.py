@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.config import Config
+from pipelines.credentials import without_credentials
 from pipelines.errors import ConfigError, StageError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def refuse_local_settings(config: Config) -> None:
             )
         if not report.reaches_server:
             raise ConfigError(
-                f"registry.tracking_uri {tracking} is not reached from node {node}; give an address that every node reaches"
+                f"registry.tracking_uri {without_credentials(tracking)} is not reached from node {node}; give an address "
+                "that every node reaches"
             )
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.config import Config
+from pipelines.credentials import without_credentials
 from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.registry_lock import Lease, RegistryLock
 from pipelines.tracking import AWAY
@@ -75,11 +75,6 @@ def tracking_uri(config: Config) -> str:
     if scheme == "sqlite" and not path.startswith("/"):
         return f"sqlite:///{Path(path).absolute()}"
     return config.registry.tracking_uri
-
-
-def without_credentials(text: str) -> str:
-    """`text` with the user and password of each URI in it as ***: what may stand in a message, a log or `/health`."""
-    return re.sub(r"://[^/\s:@]*(:[^\s@]*)?@", "://***@", text)
 
 
 def open_registry(config: Config) -> Registry:

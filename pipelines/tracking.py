@@ -20,6 +20,7 @@ from typing import Any
 
 import tenacity
 
+from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import TrackingUnreachable
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Sender:
 
     def __init__(self, journal: Journal, send: Send, *, where: str) -> None:
         self.journal = journal
-        self._send, self._where = send, where
+        self._send, self._where = send, without_credentials(where)
         self._stop = threading.Event()
         self._away = False
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -113,10 +114,10 @@ class Sender:
             self._send(waiting)
         except Exception as error:
             if not self._away:
-                reason = " ".join(str(error).split())[:200]
                 logger.warning(
-                    "MLflow at %s is out of reach (%s); training goes on, metrics are sent later", self._where, reason
-                )
+                    "MLflow at %s is out of reach (%s); training goes on, metrics are sent later",
+                    self._where, one_line(error),
+                )  # fmt: skip
             self._away = True
             raise
         self.journal.num_sent += len(waiting)
@@ -181,8 +182,11 @@ def within_reach(call: Callable[[], Any], where: str) -> Any | None:
         code = getattr(error, "error_code", AWAY[0])
         if not where.startswith(("http:", "https:")) or code not in AWAY:
             raise
-        reason = " ".join(str(error).split())[:200]
-        logger.warning("MLflow at %s is out of reach (%s); training goes on without it", where, reason)
+        logger.warning(
+            "MLflow at %s is out of reach (%s); training goes on without it",
+            without_credentials(where),
+            one_line(error),
+        )
         return None
 
 

@@ -23,6 +23,7 @@ from medusa.pretrained import NAMES, SUFFIXES
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config, TrainSection
+from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import meaning
 from pipelines.memory import lower
@@ -189,7 +190,7 @@ def _send_rest(journal: Path, config: Config, tracked: tuple[Registry, str] | No
     else:
         logger.warning(
             "%d entries of metrics wait in %s; the same command sends them when MLflow at %s is back",
-            len(waiting), journal, tracking_uri(config),
+            len(waiting), journal, without_credentials(tracking_uri(config)),
         )  # fmt: skip
 
 
@@ -210,7 +211,7 @@ def _end(
     try:
         within_reach(tell, tracking_uri(config))
     except (MlflowException, MedusaError, OSError) as error:
-        logger.warning("run %s is not logged as ended: %s", run_id, " ".join(str(error).split())[:200])
+        logger.warning("run %s is not logged as ended: %s", run_id, one_line(error))
 
 
 def _check_ended(result: Any) -> None:

@@ -11,7 +11,7 @@ from deploy.champion import MAX_PAUSE_S, Follower, RegistrySource
 from medusa.errors import CheckpointError
 from pipelines.config import load_config
 from pipelines.errors import StageError, TrackingUnreachable
-from pipelines.registry import Version, without_credentials
+from pipelines.registry import Version
 from tests.unit.deploy.conftest import wait_until
 
 OUTAGE = TrackingUnreachable("no MLflow server answers")
@@ -185,15 +185,3 @@ def test_a_registrys_failure_quotes_no_password(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"nonsense://\*\*\*@database/x") as caught:
         RegistrySource(config, "champion").bearer()
     assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("at postgresql+psycopg2://me:p:w/d@db:5432/mlflow fails", "at postgresql+psycopg2://***@db:5432/mlflow fails"),
-        ("https://token@host, ftp://me:x@files/y", "https://***@host, ftp://***@files/y"),
-        ("s3://bucket/a@b, http://host:5000 and me@host", "s3://bucket/a@b, http://host:5000 and me@host"),
-    ],
-)
-def test_credentials_of_a_uri_are_left_out(text: str, told: str) -> None:
-    assert without_credentials(text) == told

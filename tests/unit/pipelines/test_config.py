@@ -72,6 +72,35 @@ def test_a_bad_override_is_one_line_that_names_key_and_fix(overrides: list[str],
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "serve.api_keys=[sk-SECRET]",
+        "serve.api_keys=sk-SECRET",
+        "serve.api_keys.0=sk-SECRET",
+        "registry.tracking_uri=[http://me:SECRET@host]",
+        "registry=http://me:SECRET@host",
+    ],
+)
+def test_what_a_message_refuses_it_tells_without_keys_and_passwords(override: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("serve: {api_keys: []}\n")
+    with pytest.raises(ConfigError, match=r"serve\.api_keys|registry") as caught:
+        load_config(file, [override])
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_dump_leaves_passwords_out_and_all_else_as_it_is() -> None:
+    def dumped(where: str) -> str:
+        return dump_config(
+            load_config(
+                None, [f"registry.tracking_uri=http://{where}:5000", f"prompts.path=[s3://{where}/a, s3://b/c@d]"]
+            )
+        )
+
+    assert dumped("me:SE/CR@ET@host") == dumped("***@host")
+
+
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "train: 3\n", "nosuch: {}\n"])
 def test_a_bad_file_is_one_line(text: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"

@@ -109,6 +109,20 @@ def test_a_server_that_was_waited_for_is_not_waited_for_again(caplog: pytest.Log
     assert "http://there is out of reach (no MLflow server answers)" in caplog.text
 
 
+def test_passwords_of_a_server_out_of_reach_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    uri = "http://me:SECRET@there:5000"
+
+    def away(*_: object) -> None:
+        raise ConnectionError("x" * 180 + f" {uri}/api")  # a cut in its middle would leave it unlike a URI
+
+    journal = Journal()
+    journal.add(1, {"loss": 1.0})
+    assert Sender(journal, away, where=uri).close() == 1
+    assert within_reach(away, uri) is None
+    assert caplog.text.count("http://***@there:5000 is out of reach") == 2
+    assert "SECRET" not in caplog.text
+
+
 def test_a_database_that_fails_is_no_server_out_of_reach() -> None:
     def broken() -> str:
         raise OSError("disk on fire")

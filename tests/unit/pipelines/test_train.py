@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
 
 from medusa.errors import CheckpointError
-from pipelines.config import TrainSection
+from pipelines.config import TrainSection, load_config
 from pipelines.engine import _memory_told
 from pipelines.errors import StageError
-from pipelines.train import _told
+from pipelines.tracking import Journal
+from pipelines.train import _send_rest, _told
 
 
 class WorkersFailed(Exception):
@@ -47,3 +49,14 @@ def test_a_step_that_does_not_fit_the_memory_says_what_to_lower(method: str, sai
         bytearray(2**60)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), _memory_told(train):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_metrics_that_wait_are_told_without_the_servers_password(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal()
+    journal.add(1, {"loss": 1.0})
+    journal.save(tmp_path / "metrics.jsonl")
+    config = load_config(None, [f"workdir={tmp_path}", "registry.tracking_uri=http://me:SECRET@there"])
+    _send_rest(tmp_path / "metrics.jsonl", config, None)
+    assert "http://***@there is back" in caplog.text and "SECRET" not in caplog.text
