@@ -97,15 +97,21 @@ class BackboneSection(Section):
 
 
 class HeadsSection(Section):
-    """Shape of fresh heads, used with `train.init_from: none`; otherwise the shape is read from the tensors.
+    """Shape of fresh heads (`train.init_from: none`); null is the default of `medusa.HeadsConfig`.
 
+    Heads that training goes on from have a shape of their own: what is set here and contradicts it is refused.
     `kind` hydra: heads that also read the tokens before their own on the path; no export.
     """
 
-    num_heads: PositiveInt = 5
-    num_layers: PositiveInt = 1
-    lm_heads: Literal["shared", "own"] = "shared"
-    kind: Literal["medusa", "hydra"] = "medusa"
+    num_heads: PositiveInt | None = None
+    num_layers: PositiveInt | None = None
+    lm_heads: Literal["shared", "own"] | None = None
+    kind: Literal["medusa", "hydra"] | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is not null."""
+        return self.model_dump(exclude_none=True)
 
 
 class RaySection(Section):

@@ -13,13 +13,15 @@ import math
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medusa.checkpoint import load_checkpoint
+from medusa.config import HeadsConfig
 from medusa.errors import MedusaError
 from medusa.folders import whole_folder
-from medusa.pretrained import NAMES, SUFFIXES
+from medusa.pretrained import NAMES, SUFFIXES, heads_folder
 from pipelines.capacity import Need, require
 from pipelines.cluster import ray_session
 from pipelines.config import Config, TrainSection
@@ -70,10 +72,11 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
     from pipelines.train_loop import HEADS, Assignment, describe, train_loop
 
     check(config)
+    shape = initial_shape(config)
     answers = read_answers(config.layout.distilled, TRAIN)
     name = run_name(config, answers)
     with ray_session(config):
-        tracked = _track(config, name, answers)
+        tracked = _track(config, name, answers, shape)
         run_id = tracked[1] if tracked else ""
         task = Assignment(
             config=config.model_dump_json(),
@@ -141,6 +144,21 @@ def check(config: Config) -> None:
     check_tuning(train)
 
 
+def initial_shape(config: Config) -> HeadsConfig:
+    """The shape of the heads that training begins with. ConfigError where `heads` contradicts those that it goes on from."""
+    init_from, asked = config.train.init_from, config.heads.asked
+    if init_from == "none":
+        return HeadsConfig(**asked)
+    shape = load_checkpoint(heads_folder(init_from, config.backbone.name)).heads.config
+    for name, value in asked.items():
+        if value != (has := getattr(shape, name)):
+            raise ConfigError(
+                f"heads.{name} {value} is for fresh heads, those of train.init_from {init_from} have {has}: leave it out, or "
+                "set train.init_from to none"
+            )
+    return shape
+
+
 def run_name(config: Config, answers: Answers) -> str:
     """A name that two configurations share exactly when they describe the same run over the same data."""
     train = config.train
@@ -148,7 +166,7 @@ def run_name(config: Config, answers: Answers) -> str:
     settings: dict[str, Any] = train.model_dump(mode="json", include=shaping)
     settings["shards"] = train.num_lanes
     if train.init_from == "none":
-        settings["heads"] = config.heads.model_dump(mode="json")
+        settings["heads"] = asdict(HeadsConfig(**config.heads.asked))
     elif train.init_from != "default":
         shipped = train.init_from in SUFFIXES
         settings["init_from"] = train.init_from if shipped else folder_digest(Path(train.init_from))
@@ -156,14 +174,14 @@ def run_name(config: Config, answers: Answers) -> str:
     return f"heads-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
 
 
-def _track(config: Config, name: str, answers: Answers) -> tuple[Registry, str] | None:
+def _track(config: Config, name: str, answers: Answers, shape: HeadsConfig) -> tuple[Registry, str] | None:
     """(registry, id of the run's one MLflow run); None, with a warning, where the server is out of reach."""
     settings = {
         "data": answers.fingerprint,
         "backbone": config.backbone.name,
         "backbone_fingerprint": answers.backbone,
         "git_revision": git_revision(),
-        **{f"heads.{key}": value for key, value in config.heads.model_dump(mode="json").items()},
+        **{f"heads.{key}": value for key, value in asdict(shape).items()},
         **config.train.model_dump(mode="json"),
     }
 

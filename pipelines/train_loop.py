@@ -261,7 +261,7 @@ def initial_heads(config: Config, backbone: Backbone) -> tuple[MedusaHeads, list
                 f"{folder} holds heads of a tuned backbone (MEDUSA-2); train.method medusa1 needs heads of the original"
             )
         return checkpoint.heads.train(), list(checkpoint.paths), checkpoint.adapters
-    shape = HeadsConfig(**config.heads.model_dump())
+    shape = HeadsConfig(**config.heads.asked)
     heads = MedusaHeads(
         shape,
         hidden_size=backbone.hidden_size,

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from medusa.checkpoint import load_checkpoint
+from medusa.pretrained import pretrained_heads
 from pipelines import registry as registry_module
 from pipelines import train
 from pipelines.config import Config
 from pipelines.errors import StageError, TrackingUnreachable
+from pipelines.records import Answers
 from pipelines.registry import TAG_DIGEST, Registry, Version, await_server, folder_digest, open_registry
 
 
@@ -153,6 +156,15 @@ def test_what_mlflow_does_at_the_end_neither_undoes_a_training_nor_hides_its_err
     train._end(config, tracked, failed=False)
     train._end(config, tracked, failed=True)
     assert caplog.text.count("the registry fails") == 2
+
+
+def test_a_run_tells_the_shape_of_the_heads_that_it_trains(registry: Registry, config: Config) -> None:
+    answers = Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
+    tracked = train._track(config, "shaped", answers, train.initial_shape(config))
+    assert tracked is not None
+    params = registry._client.get_run(tracked[1]).data.params
+    shipped = load_checkpoint(pretrained_heads(config.backbone.name)).heads.config
+    assert {name: params[f"heads.{name}"] for name in vars(shipped)} == {n: str(v) for n, v in vars(shipped).items()}
 
 
 def test_a_finished_run_says_where_its_last_checkpoint_lies(registry: Registry, config: Config) -> None:

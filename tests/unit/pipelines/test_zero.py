@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config import Config, TrainSection
+from medusa.config import HeadsConfig
+from pipelines.config import Config, TrainSection, dump_config, load_config
 from pipelines.errors import ConfigError
 from pipelines.records import Answers
-from pipelines.train import check, run_name
+from pipelines.train import check, initial_shape, run_name
 from pipelines.zero import lambda0, learning_rates, zero_config
 
 
@@ -77,6 +78,33 @@ def test_a_run_does_not_begin_from_the_folder_that_it_writes(tmp_path: Path) -> 
     config = Config.model_validate({"workdir": tmp_path, "train": {"init_from": str(tmp_path / "checkpoint")}})
     with pytest.raises(ConfigError, match="copy the folder"):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape"),
+    [
+        ([], HeadsConfig(num_layers=2, kind="hydra")),
+        (["heads.kind=hydra", "heads.num_heads=5"], HeadsConfig(num_layers=2, kind="hydra")),
+        (["train.init_from=plain"], HeadsConfig(num_layers=2)),
+        (["train.init_from=none"], HeadsConfig()),
+        (["train.init_from=none", "heads.kind=hydra", "heads.num_heads=3"], HeadsConfig(num_heads=3, kind="hydra")),
+    ],
+)
+def test_heads_begin_with_their_own_shape_and_fresh_ones_with_the_configured(
+    overrides: list[str], shape: HeadsConfig, tmp_path: Path
+) -> None:
+    config = load_config(None, overrides)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    carried = Config.model_validate_json(config.model_dump_json())
+    assert [initial_shape(one) for one in (config, load_config(tmp_path / "again.yaml"), carried)] == [shape] * 3
+
+
+@pytest.mark.parametrize(("name", "value", "has"), [("num_heads", "3", "5"), ("kind", "medusa", "hydra")])
+def test_a_shape_that_the_heads_to_go_on_from_do_not_have_is_refused(name: str, value: str, has: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"heads\.{name} {value} .*train\.init_from default have {has}: .*init_from to none"
+    ):
+        initial_shape(load_config(None, [f"heads.{name}={value}"]))
 
 
 def test_a_runs_name_tells_what_shapes_it_and_nothing_else() -> None:
