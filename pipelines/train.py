@@ -167,9 +167,8 @@ def run_name(config: Config, answers: Answers) -> str:
     settings["shards"] = train.num_lanes
     if train.init_from == "none":
         settings["heads"] = asdict(HeadsConfig(**config.heads.asked))
-    elif train.init_from != "default":
-        shipped = train.init_from in SUFFIXES
-        settings["init_from"] = train.init_from if shipped else folder_digest(Path(train.init_from))
+    else:
+        settings["init_from"] = folder_digest(heads_folder(train.init_from, config.backbone.name))
     described = json.dumps([config.backbone.name, answers.backbone, answers.fingerprint, settings], sort_keys=True)
     return f"heads-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
 

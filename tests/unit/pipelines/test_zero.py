@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa.config import HeadsConfig
+from medusa.pretrained import pretrained_heads
 from pipelines.config import Config, TrainSection, dump_config, load_config
 from pipelines.errors import ConfigError
 from pipelines.records import Answers
@@ -117,3 +119,21 @@ def test_a_runs_name_tells_what_shapes_it_and_nothing_else() -> None:
     assert name(num_workers=2) == name(num_workers=2, shards=2) != name()
     tuned = {name(method="medusa2", **more) for more in ({}, {"lora_rank": 4}, {"lr_ratio": 2.0}, {"lambda0": 0.1})}
     assert len(tuned | {name(), name(soft_labels=4), name(lr_heads=0.1)}) == 7
+
+
+def test_a_runs_name_tells_what_is_in_the_heads_that_it_goes_on_from_not_what_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
+
+    def name(init_from: str) -> str:
+        return run_name(Config.model_validate({"train": {"init_from": init_from}}), answers)
+
+    shipped = pretrained_heads("smollm2-135m")
+    assert name("default") == name("hydra") == name(str(shipped)) != name("plain")
+    before, fresh = name("default"), name("none")
+    monkeypatch.setattr("medusa.pretrained.ROOT", tmp_path)
+    shutil.copytree(shipped, tmp_path / shipped.name)
+    assert name("default") == before
+    (tmp_path / shipped.name / "medusa_heads.safetensors").write_bytes(b"those of the next release")
+    assert name("default") != before and name("none") == fresh
