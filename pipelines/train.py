@@ -28,6 +28,7 @@ from pipelines.config import Config, TrainSection
 from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import meaning
+from pipelines.inputs import weights_digest
 from pipelines.memory import lower
 from pipelines.records import TRAIN, Answers, read_answers
 from pipelines.registry import TAG_DIGEST, Registry, folder_digest, open_registry, tracking_uri
@@ -96,15 +97,15 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
                 with polled(seen, progress):
                     result = _fit(config, name, train_loop, task.as_dict())
                 _check_ended(result)
+            with result.checkpoint.as_directory() as folder:
+                heads = Path(folder) / HEADS
+                digest = folder_digest(heads)
+                _put(heads, config.layout.checkpoint)
+                _send_rest(Path(folder) / JOURNAL, config, tracked)
         except BaseException:
             _end(config, tracked, failed=True)
             raise
-        with result.checkpoint.as_directory() as folder:
-            with whole_folder(config.layout.checkpoint) as made:
-                shutil.copytree(Path(folder) / HEADS, made, dirs_exist_ok=True)
-            _send_rest(Path(folder) / JOURNAL, config, tracked)
-        heads = f"{result.checkpoint.path}/{HEADS}"
-        _end(config, tracked, tags={TAG_CHECKPOINT: heads, TAG_DIGEST: folder_digest(config.layout.checkpoint)})
+        _end(config, tracked, tags={TAG_CHECKPOINT: f"{result.checkpoint.path}/{HEADS}", TAG_DIGEST: digest})
     progress(Step(done=config.train.steps, total=config.train.steps, note="steps"))
     metrics = result.metrics
     num_heads = sum(key.startswith("top1_") for key in metrics) if metrics["held_out_positions"] else 0
@@ -189,6 +190,14 @@ def _track(config: Config, name: str, answers: Answers, shape: HeadsConfig) -> t
         return registry, registry.run_for(name, settings)
 
     return within_reach(begin, tracking_uri(config))
+
+
+def _put(heads: Path, checkpoint: Path) -> None:
+    """Make `checkpoint` these heads. Where it holds their weights it stays as it is: calibration may have given it a tree."""
+    if weights_digest(checkpoint) == weights_digest(heads):
+        return
+    with whole_folder(checkpoint) as made:
+        shutil.copytree(heads, made, dirs_exist_ok=True)
 
 
 def _send_rest(journal: Path, config: Config, tracked: tuple[Registry, str] | None) -> None:

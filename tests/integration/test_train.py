@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +22,13 @@ import torch
 
 import medusa
 from medusa.backbone import load_backbone
-from medusa.checkpoint import load_checkpoint
+from medusa.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from pipelines import train, train_loop
 from pipelines.cluster import ray_session
 from pipelines.config import Config, load_config
 from pipelines.errors import StageError
 from pipelines.records import ANSWERS, TRAIN, read_answers
-from pipelines.registry import open_registry
+from pipelines.registry import folder_digest, open_registry
 
 STEPS, STOP = 8, 5  # a checkpoint every 3 steps: whoever is lost in step 5 goes on from 3
 Configure = Callable[..., Config]
@@ -159,6 +161,35 @@ def test_a_run_says_where_it_comes_from(configure: Configure, tuned: train.Train
         assert run.data.params[name] == value
     assert run.data.params["git_revision"]
     assert run.info.status == "FINISHED"
+
+
+def test_a_finished_run_gives_its_heads_again_and_leaves_their_tree_as_calibration_chose_it(
+    configure: Configure, tuned: train.TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, made = configure(*JOINT), load_checkpoint(tuned.checkpoint)
+    save_checkpoint(
+        tuned.checkpoint, made.heads, paths=[(0,), (1,), (0, 0)], default_nodes=3, backbone_name=made.backbone_name,
+        backbone_fingerprint=made.backbone_fingerprint, adapters=made.adapters, card=made.card, dtype=made.dtype,
+    )  # fmt: skip
+    calibrated = folder_digest(tuned.checkpoint)
+    assert train.run(config).run_id == tuned.run_id
+    assert folder_digest(tuned.checkpoint) == calibrated
+
+    def status() -> str:
+        return str(open_registry(config)._client.get_run(tuned.run_id).info.status)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tuned.checkpoint / WEIGHTS).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train.run(config)
+    assert status() == "FAILED"
+    train.run(config)
+    assert status() == "FINISHED"
+    _same(tuned.checkpoint, Path(open_registry(config)._client.get_run(tuned.run_id).data.tags[train.TAG_CHECKPOINT]))
 
 
 def test_a_tracking_server_out_of_reach_costs_a_warning_and_no_metrics(
