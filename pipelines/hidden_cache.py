@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipelines.errors import StageError
@@ -35,8 +35,11 @@ def cache_key(*parts: object) -> str:
 
 
 def make_room(root: Path, key: str, *, num_bytes: int, quota_gb: float) -> None:
-    """Delete what other keys keep, the oldest first, until `num_bytes` more fit the quota. Call it on one worker."""
-    others = [folder for folder in root.glob("*") if folder.is_dir() and folder.name != key]
+    """Delete what other keys keep, the oldest first, until `num_bytes` more fit the quota. Call it on one worker.
+
+    What another run is writing at the moment is left alone.
+    """
+    others = [folder for folder in root.glob("*") if folder.is_dir() and folder.name != key and not _written(folder)]
     sizes = {folder: sum(file.stat().st_size for file in folder.glob("*")) for folder in others}
     for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
         if sum(sizes.values()) + num_bytes <= quota_gb * GB:
@@ -44,6 +47,17 @@ def make_room(root: Path, key: str, *, num_bytes: int, quota_gb: float) -> None:
         logger.info("hidden states of another run, %.1f GB, make room in %s", sizes[folder] / GB, root)
         shutil.rmtree(folder, ignore_errors=True)
         del sizes[folder]
+
+
+def _written(folder: Path) -> bool:
+    """Whether somebody writes a lane here."""
+    try:
+        for file in folder.glob("*.lock"):
+            with FileLock(file, timeout=0):
+                pass
+    except Timeout:
+        return True
+    return False
 
 
 def kept_on_disk(stem: Path, parts: Iterable[Positions], like: Positions, num_positions: int) -> Positions:

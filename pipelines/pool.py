@@ -8,14 +8,14 @@ dead run and then settles what is there twice. A row bears a key (rows with the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shutil
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
 from pipelines.failures import meaning
+from pipelines.folder_lock import alone_in
 from pipelines.stage import Progress, Step, polled
 
 logger = logging.getLogger(__name__)
 
 RUN = ".run-"  # folders of runs under way; hidden from whoever globs for *.parquet
-_LOCK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +45,9 @@ class Pool:
     args: tuple[Any, ...]
     settings: DistillSection
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Nobody else writes into the folder meanwhile. Raises StageError where somebody does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / ".lock", timeout=_LOCK_TIMEOUT_S):
-                yield
-        except Timeout:
-            raise StageError(f"another run is writing to {self.folder}; wait for it, or use another workdir") from None
+        return alone_in(self.folder)
 
     def done(self) -> dict[str, bool]:
         """Key → did it fail?, for all that is there. Adopts what dead runs left and settles what is there twice."""

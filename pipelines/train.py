@@ -28,6 +28,7 @@ from pipelines.config import Config, TrainSection
 from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import meaning
+from pipelines.folder_lock import alone_in
 from pipelines.inputs import weights_digest
 from pipelines.memory import lower
 from pipelines.records import TRAIN, Answers, read_answers
@@ -69,14 +70,14 @@ class TrainResult:
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
-    """Train the heads, or go on training them. Raises StageError, ConfigError, CheckpointError."""
+    """Train the heads, or go on training them; one run at a time in a workdir. StageError, ConfigError, CheckpointError."""
     from pipelines.train_loop import HEADS, Assignment, describe, train_loop
 
     check(config)
     shape = initial_shape(config)
     answers = read_answers(config.layout.distilled, TRAIN)
     name = run_name(config, answers)
-    with ray_session(config):
+    with alone_in(config.layout.training), ray_session(config):
         tracked = _track(config, name, answers, shape)
         run_id = tracked[1] if tracked else ""
         task = Assignment(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from pipelines import folder_lock
 from pipelines import pool as pool_module
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
@@ -107,7 +108,7 @@ def test_adopting_twice_saves_each_row_once(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
     with FileLock(tmp_path / ".lock"), pytest.raises(StageError, match="another run"), _pool(tmp_path).alone():
         pass
 

@@ -132,6 +132,17 @@ def test_other_runs_make_room_the_oldest_first(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["new"], "a run's own are kept"
 
 
+def test_what_another_run_is_writing_is_left_alone(reader: PositionsReader, tmp_path: Path) -> None:
+    def parts():  # type: ignore[no-untyped-def]
+        make_room(tmp_path, "mine", num_bytes=1500, quota_gb=1e-6)
+        yield positions
+
+    positions = reader.read_all(ROWS, 24)
+    same(kept_on_disk(tmp_path / "theirs" / "lane-0-of-1", parts(), reader.empty(), len(positions)), positions)
+    make_room(tmp_path, "mine", num_bytes=1500, quota_gb=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_told_with_the_numbers(
     reader: PositionsReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from medusa.errors import CheckpointError
+from pipelines import folder_lock, train
 from pipelines.config import TrainSection, load_config
 from pipelines.engine import _memory_told
 from pipelines.errors import StageError
+from pipelines.folder_lock import alone_in
+from pipelines.records import Answers
 from pipelines.tracking import Journal
 from pipelines.train import _send_rest, _told
 
@@ -60,3 +63,19 @@ def test_metrics_that_wait_are_told_without_the_servers_password(
     config = load_config(None, [f"workdir={tmp_path}", "registry.tracking_uri=http://me:SECRET@there"])
     _send_rest(tmp_path / "metrics.jsonl", config, None)
     assert "http://***@there is back" in caplog.text and "SECRET" not in caplog.text
+
+
+def test_two_runs_do_not_train_in_one_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(
+        train, "read_answers", lambda *_: Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
+    )
+    monkeypatch.setattr(train, "ray_session", lambda _: pytest.fail("begun"))
+    config = load_config(None, [f"workdir={tmp_path}"])
+    with (
+        alone_in(config.layout.training),
+        pytest.raises(StageError, match=f"another run .* {config.layout.training}; wait"),
+    ):
+        train.run(config)
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        train.run(config)
