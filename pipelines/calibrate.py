@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config import CalibrateSection, Config
 from pipelines.inputs import inputs_key, machine, weights_digest
 from pipelines.models import load_model, use_threads
-from pipelines.records import CALIBRATION, Answers, read_answers
+from pipelines.records import CALIBRATION, Answers, settled_answers
 from pipelines.stage import Progress, Step, ignore_progress, main
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     from medusa.confidence import fit_temperatures
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
 
-    answers = read_answers(config.layout.distilled, CALIBRATION)
+    answers = settled_answers(config.layout.distilled, CALIBRATION)
     if json.loads(answers.sampling)["temperature"] > 0:
         logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
     key = _inputs(config, answers)

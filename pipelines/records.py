@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
+from pipelines.folder_lock import alone_in
 
 TRAIN, CALIBRATION, UNUSED = "train", "calibration", "unused"  # UNUSED: nobody asks for its prompt any more
 
@@ -124,6 +126,13 @@ def _rewrite(file: Path, parts: Mapping[int, str]) -> None:
     rewritten = file.with_name(f".{file.name}.part")
     pq.write_table(table.set_column(place, table.schema.field(place), pa.array(parts.values(), pa.string())), rewritten)
     os.replace(rewritten, file)
+
+
+def settled_answers(folder: Path, part: str) -> Answers:
+    """`read_answers` while no distillation rewrites the folder. StageError where one is at work in it."""
+    writable = os.access(folder, os.W_OK)  # where one may only read there is no lock to take
+    with alone_in(folder) if writable else contextlib.nullcontext():
+        return read_answers(folder, part)
 
 
 def read_answers(folder: Path, part: str) -> Answers:

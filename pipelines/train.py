@@ -31,7 +31,7 @@ from pipelines.failures import meaning
 from pipelines.folder_lock import alone_in
 from pipelines.inputs import weights_digest
 from pipelines.memory import lower
-from pipelines.records import TRAIN, Answers, read_answers
+from pipelines.records import TRAIN, Answers, settled_answers
 from pipelines.registry import TAG_DIGEST, Registry, folder_digest, open_registry, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
 from pipelines.tracking import JOURNAL, Journal, git_revision, mlflow_sender, within_reach
@@ -75,13 +75,14 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
 
     check(config)
     shape = initial_shape(config)
-    answers = read_answers(config.layout.distilled, TRAIN)
+    answers = settled_answers(config.layout.distilled, TRAIN)
     name = run_name(config, answers)
     with alone_in(config.layout.training), ray_session(config):
         tracked = _track(config, name, answers, shape)
         run_id = tracked[1] if tracked else ""
         task = Assignment(
             config=config.model_dump_json(),
+            data=answers.fingerprint,
             run_id=run_id,
             tracking_uri=tracking_uri(config),
             card=describe(config, answers) | {"Run": {"name": name, "mlflow": run_id}},

@@ -47,10 +47,11 @@ HEADS = "heads"  # the finished folder inside a reported checkpoint
 class Assignment:
     """What the driver tells each worker; plain values, so that Ray can carry it. `card` goes into the checkpoint.
 
-    `run_id` is empty where MLflow was out of reach.
+    `data` is the fingerprint of the answers that the run is named after. `run_id` is empty where MLflow was out of reach.
     """
 
     config: str
+    data: str
     run_id: str
     tracking_uri: str
     card: dict[str, Any]
@@ -72,7 +73,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     rank, world = context.get_world_rank(), context.get_world_size()
     use_threads(config.train.threads, processes=world)
 
-    answers = read_answers(config.layout.distilled, TRAIN)
+    answers = _answers(config, task)
     backbone = _load_backbone(config, answers)
     learn, held_out = split_rows(answers.rows, config.train.holdout_share)
     learner, paths = make_learner(config, backbone, learn, data=answers.fingerprint, rank=rank, world=world)
@@ -271,6 +272,16 @@ def initial_heads(config: Config, backbone: Backbone) -> tuple[MedusaHeads, list
         device=backbone.device,
     )
     return heads, list(Tree.chain(shape.num_heads).paths[1:]), None
+
+
+def _answers(config: Config, task: Assignment) -> Answers:
+    answers = read_answers(config.layout.distilled, TRAIN)
+    if answers.fingerprint != task.data:
+        raise StageError(
+            f"the answers in {config.layout.distilled} were {task.data} when this run began and are {answers.fingerprint}: "
+            "`distill` changed them; run `train` again, which begins a run over what is there now"
+        )
+    return answers
 
 
 def _load_backbone(config: Config, answers: Answers) -> Backbone:

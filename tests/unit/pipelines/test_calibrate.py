@@ -13,9 +13,11 @@ import torch
 import medusa
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.tree_search import expected_tokens, grow_paths
-from pipelines import calibrate
+from pipelines import calibrate, folder_lock
 from pipelines.calibrate import SizeCost, draw, draw_tree, expected_by_size
 from pipelines.config import Config
+from pipelines.errors import StageError
+from pipelines.folder_lock import alone_in
 from pipelines.records import ANSWERS, CALIBRATION
 from pipelines.registry import folder_digest
 from tests.unit.medusa.tiny import random_heads
@@ -71,6 +73,12 @@ def config(tiny_folder: Path, tmp_path: Path) -> Config:
     made.layout.distilled.mkdir()
     pq.write_table(pa.Table.from_pylist([row], schema=ANSWERS), made.layout.distilled / "a.parquet")
     return made
+
+
+def test_answers_that_are_being_written_are_not_calibrated_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
+    with alone_in(config.layout.distilled), pytest.raises(StageError, match="another run is at work"):
+        calibrate.run(config)
 
 
 def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(

@@ -3,18 +3,21 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from medusa.errors import CheckpointError
-from pipelines import folder_lock, train
-from pipelines.config import TrainSection, load_config
+from pipelines import folder_lock, train, train_loop
+from pipelines.config import Config, TrainSection, load_config
 from pipelines.engine import _memory_told
 from pipelines.errors import StageError
 from pipelines.folder_lock import alone_in
-from pipelines.records import Answers
+from pipelines.records import ANSWERS, TRAIN, Answers, read_answers, settled_answers
 from pipelines.tracking import Journal
 from pipelines.train import _send_rest, _told
+from pipelines.train_loop import Assignment
 
 
 class WorkersFailed(Exception):
@@ -68,7 +71,7 @@ def test_metrics_that_wait_are_told_without_the_servers_password(
 def test_two_runs_do_not_train_in_one_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
     monkeypatch.setattr(
-        train, "read_answers", lambda *_: Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
+        train, "settled_answers", lambda *_: Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
     )
     monkeypatch.setattr(train, "ray_session", lambda _: pytest.fail("begun"))
     config = load_config(None, [f"workdir={tmp_path}"])
@@ -79,3 +82,41 @@ def test_two_runs_do_not_train_in_one_workdir(tmp_path: Path, monkeypatch: pytes
         train.run(config)
     with pytest.raises(pytest.fail.Exception, match="begun"):
         train.run(config)
+
+
+def _distilled(config: Config, *responses: list[int]) -> Path:
+    rows = [
+        {
+            "id": str(n), "prompt_id": str(n), "source": "s", "part": TRAIN, "prompt_ids": [1], "response_ids": response,
+            "response": "", "sampling": "{}", "backbone": "b",
+        }
+        for n, response in enumerate(responses)
+    ]  # fmt: skip
+    config.layout.distilled.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), config.layout.distilled / "a.parquet")
+    return config.layout.distilled
+
+
+def test_no_run_begins_over_answers_that_are_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
+    config = load_config(None, [f"workdir={tmp_path}"])
+    folder = _distilled(config, [2, 3])
+    with alone_in(folder), pytest.raises(StageError, match=f"another run .* {folder}; wait"):
+        train.run(config)
+    assert settled_answers(folder, TRAIN) == read_answers(folder, TRAIN)
+
+
+def test_looking_for_answers_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="run `distill` first"):
+        train.run(load_config(None, [f"workdir={tmp_path / 'work'}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_trains_on_the_answers_that_its_run_is_named_after_or_not_at_all(tmp_path: Path) -> None:
+    config = load_config(None, [f"workdir={tmp_path}"])
+    answers = read_answers(_distilled(config, [2, 3]), TRAIN)
+    task = Assignment(config="", data=answers.fingerprint, run_id="", tracking_uri="", card={})
+    assert train_loop._answers(config, task) == answers
+    _distilled(config, [2, 3], [4])
+    with pytest.raises(StageError, match=rf"were {answers.fingerprint} when this run began"):
+        train_loop._answers(config, task)
