@@ -6,8 +6,8 @@ Shapes of a record, the first that fits:
     turns          MT-Bench         ["first question", "second question"]
     instruction    Alpaca           with an optional "input"
     prompt | text | question        plain text
-Only what the user said (and a system message) is kept: the backbone writes the answers itself, turn by turn. A record
-may carry its own `id`, `source`, `category`, `temperature`, `top_p` and `seed`.
+Only what the user said (and a system or developer message) is kept: the backbone writes the answers itself, turn by
+turn. A record may carry its own `id`, `source`, `category`, `temperature`, `top_p` and `seed`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipelines.prompt_files import find_files
 
 logger = logging.getLogger(__name__)
 
-_USER, _SYSTEM = {"user", "human", "prompter"}, {"system"}
+_USER, _SYSTEM = {"user", "human", "prompter"}, {"system", "developer"}
 _PLAIN = ("prompt", "text", "question")
 _ALL_TOLD = 20  # bad records that are named one by one; the rest are counted
 

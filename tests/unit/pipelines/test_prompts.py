@@ -46,6 +46,11 @@ SHAPES: list[tuple[dict[str, Any], tuple[str, ...], str | None]] = [
         "s",
     ),
     (
+        {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "a"}]},
+        ("a",),
+        "s",
+    ),
+    (
         {
             "conversations": [
                 {"from": "human", "value": "a"},
