@@ -217,13 +217,16 @@ def _join(folder: str, name: str) -> str:
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
-    """Lines of a stream, whatever their length, in bounded memory."""
-    rest = b""
+    """Lines of a stream, holding no more than one of them and a chunk."""
+    begun: list[bytes] = []  # a line so far; joined once, since it may be as long as the file
     while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in whole)
-    if rest:
-        yield rest
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            yield b"".join((*begun, end, b"\n"))
+            begun = []
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
 
 
 def _peek(lines: Iterator[bytes]) -> tuple[bytes, Iterable[bytes]]:

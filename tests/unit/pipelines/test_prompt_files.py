@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medusa.errors import PromptError
 from pipelines.errors import ConfigError
-from pipelines.prompt_files import find_files
+from pipelines.prompt_files import _lines, find_files
 from pipelines.prompts import read_prompts
 
 ROWS: list[dict[str, Any]] = [{"id": str(i), "source": "x", "turns": [f"p{i}", "more"]} for i in range(6)]
@@ -209,3 +213,29 @@ def test_of_many_bad_lines_the_first_are_named_and_the_rest_counted(tmp_path: Pa
     told: list[str] = []
     assert len(read_prompts(file, report=told.append)) == 1
     assert (len(told), told[-1]) == (21, "10 more records are no prompts and left out")
+
+
+class _Pieces(io.BytesIO):
+    """A stream that gives `size` bytes at a time, as a remote one may."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        super().__init__(data)
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(self._size)
+
+
+@given(st.lists(st.sampled_from([b"\n", b"a", b"bc", b"\r", "é".encode()])).map(b"".join), st.integers(1, 9))
+def test_lines_are_those_of_the_whole_text_wherever_a_stream_is_cut(text: bytes, size: int) -> None:
+    assert list(_lines(_Pieces(text, size))) == list(io.BytesIO(text))
+
+
+def test_one_long_line_takes_no_longer_than_as_much_text_in_short_ones() -> None:
+    def seconds(line: bytes) -> float:
+        stream = _Pieces(line * (2**22 // len(line)), 2**11)
+        began = time.process_time()
+        assert sum(map(len, _lines(stream))) == 2**22
+        return time.process_time() - began
+
+    assert seconds(b"x" * 2**22) < 10 * seconds(b"x" * 63 + b"\n")
