@@ -9,6 +9,7 @@ A folder is what `save_to_disk` leaves (state.json or dataset_dict.json), or hol
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import itertools
 import json
@@ -54,7 +55,7 @@ class PromptFile:
     def _json(self) -> Iterator[tuple[int, Record]]:
         try:
             with self.filesystem.open_input_stream(self.path) as stream:
-                head, lines = _peek(_lines(stream))
+                head, lines = _peek(line.removeprefix(codecs.BOM_UTF8) for line in _lines(stream))
                 if head.lstrip().startswith(b"["):
                     yield from self._json_array(b"".join(lines))
                     return
@@ -247,7 +248,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Record]]:
 
 def _json_object(line: bytes) -> Mapping[str, Any]:
     try:
-        return _object(json.loads(line.decode("utf-8-sig", errors="replace")))
+        return _object(json.loads(line.decode(errors="replace")))
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
 

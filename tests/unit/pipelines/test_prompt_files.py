@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -38,6 +39,16 @@ def _gzip(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
+def _marked(write: Write) -> Write:
+    """As Windows' editors save a file: behind a byte order mark."""
+
+    def write_marked(file: Path, rows: list[dict[str, Any]]) -> None:
+        write(file, rows)
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+
+    return write_marked
+
+
 def _parquet(file: Path, rows: list[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
 
@@ -72,6 +83,8 @@ def _saved_to_disk(folder: Path, rows: list[dict[str, Any]], shards: int = 2) ->
         ("p.jsonl", _jsonl),
         ("p.json", _jsonl),
         ("p.json", _array),
+        ("p.jsonl", _marked(_jsonl)),
+        ("p.json", _marked(_array)),
         ("p.jsonl.gz", _gzip),
         ("p.parquet", _parquet),
         ("p.arrow", _arrow_stream),
