@@ -26,11 +26,14 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import ConfigError
 
-Record = Callable[[], Mapping[str, Any]]  # reads one record when called; ValueError where it cannot be read
+# Reads one record when called; ValueError where it cannot be read, RecursionError where it is nested too deeply.
+Record = Callable[[], Mapping[str, Any]]
 
 _JSON, _COMPRESSED = (".jsonl", ".ndjson", ".json"), (".gz", ".bz2", ".zst")
 _WILD = re.compile(r"[*?\[]")
 _ROWS_AT_ONCE = 1024
+# What a damaged table raises; the last two, values that Python cannot hold.
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError)
 # What lies beside the shards of a Hugging Face folder and tells of them.
 _METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 
@@ -68,8 +71,8 @@ class PromptFile:
     def _json_array(self, text: bytes) -> Iterator[tuple[int, Record]]:
         try:
             rows = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.name} begins as a JSON array and is not one: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.name} begins as a JSON array and cannot be read as one: {error}") from None
         for number, row in enumerate(rows, start=1):
             yield number, partial(_object, row)
 
@@ -77,7 +80,7 @@ class PromptFile:
         try:
             with self.filesystem.open_input_file(self.path) as source:
                 yield from _rows(pq.ParquetFile(source).iter_batches(_ROWS_AT_ONCE))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(error) from None
 
     def _arrow(self) -> Iterator[tuple[int, Record]]:
@@ -91,7 +94,7 @@ class PromptFile:
                     yield from _rows(batches)
                 else:
                     yield from _rows(pa.ipc.open_stream(source))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> ConfigError:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,7 +119,7 @@ def read_prompts(
             try:
                 prompt = parse_prompt(read(), source=file.stem)
                 found.setdefault(replace(prompt, source="", category=None), prompt)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 num_faults += 1
                 first_fault = f"{number}: {error}" if num_faults == 1 else first_fault
                 if num_faults <= _ALL_TOLD:
@@ -140,7 +139,7 @@ def _told_apart(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def parse_prompt(row: Mapping[str, Any], *, source: str) -> Prompt:
-    """One record of any shape above. ValueError says what is wrong with it."""
+    """One record of any shape above. ValueError says what is wrong with it; RecursionError: nested too deeply."""
     system, turns = _read_shape(row)
     turns = tuple(turn.strip() for turn in turns)
     if not turns:
@@ -221,7 +220,7 @@ def _number(row: Mapping[str, Any], key: str, fits: Callable[[float], bool], lim
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not fits(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
         raise ValueError(f"{key} must be {limit}, got {value!r:.40}")
     return float(value)
 

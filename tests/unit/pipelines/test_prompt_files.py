@@ -201,15 +201,33 @@ def test_a_parquet_page_that_was_overwritten_is_found_while_reading(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("name", "kind"), [("x.parquet", "Parquet"), ("x.arrow", "Arrow")])
-def test_text_that_is_no_utf8_is_told_with_the_files_name(name: str, kind: str, tmp_path: Path) -> None:
-    table = pa.table({"prompt": pa.array([b"\xff\xfe no text"], pa.binary()).view(pa.string())})
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pa.array([b"\xff\xfe no text"], pa.binary()).view(pa.string()), "utf-8"),
+        (pa.array([2**62], pa.timestamp("us")), "date value out of range"),
+    ],
+    ids=["no UTF-8", "no date"],
+)
+def test_a_value_that_python_cannot_hold_is_told_with_the_files_name(
+    name: str, kind: str, column: pa.Array, told: str, tmp_path: Path
+) -> None:
+    table = pa.table({"prompt": column})
     if kind == "Parquet":
         pq.write_table(table, tmp_path / name)
     else:
         with pa.ipc.new_stream(str(tmp_path / name), table.schema) as stream:
             stream.write_table(table)
-    with pytest.raises(ConfigError, match=rf"{name} is not a {kind} file that can be read: .*utf-8"):
+    with pytest.raises(ConfigError, match=rf"{name} is not a {kind} file that can be read: .*{told}"):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("what", ['{"prompt": ', "9" * 5000, "[" * 10**5 + "]" * 10**5])
+def test_an_array_that_cannot_be_read_is_one_line_with_its_name(what: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(f'[{{"prompt": "a"}}, {what}]')
+    with pytest.raises(ConfigError, match=r"p\.json begins as a JSON array and cannot be read as one: .+") as caught:
+        read_prompts(tmp_path / "p.json")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("write", [_jsonl, _parquet])

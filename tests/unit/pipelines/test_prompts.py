@@ -87,6 +87,8 @@ def test_each_shape_gives_the_users_turns(row: dict[str, Any], turns: tuple[str,
         {"prompt": "half \ud83d of a character"},
         {"prompt": "a", "temperature": -1},
         {"prompt": "a", "temperature": float("nan")},
+        {"prompt": "a", "temperature": float("inf")},
+        {"prompt": "a", "temperature": 10**400},
         {"prompt": "a", "top_p": 0},
         {"prompt": "a", "seed": 1.5},
     ],
@@ -104,6 +106,24 @@ def test_a_bad_line_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert [prompt.turns for prompt in prompts] == [("a",), ("b",)]
     assert [message.removeprefix(f"{file}:").split(" is left out: ")[0] for message in told] == ["2", "4", "5"]
     assert "not valid JSON" in told[0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"prompt": "a", "temperature": ' + "9" * 400 + "}",
+        '{"prompt": "a", "id": ' + "9" * 5000 + "}",
+        '{"prompt": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        '{"prompt": [{"role": "user", "content": ' + '[{"type": "text", "text": ' * 400 + '"a"' + "}]" * 400 + "}]}",
+    ],
+    ids=["a temperature of 400 digits", "an id of 5,000 digits", "brackets without end", "parts within parts"],
+)
+def test_a_line_beyond_python_is_named_and_the_others_go_on(bad: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{bad}\n{{"prompt": "b"}}\n')
+    told: list[str] = []
+    assert len(read_prompts(tmp_path / "p.jsonl", report=told.append)) == 2
+    (message,) = told
+    assert message.startswith(f"{tmp_path}/p.jsonl:2 is left out: ")
 
 
 def test_jsonl_and_parquet_of_the_same_rows_are_the_same_prompts(tmp_path: Path) -> None:
