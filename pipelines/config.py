@@ -31,6 +31,7 @@ from pipelines.errors import ConfigError
 CONFIGS = Path(__file__).parent / "configs"
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Timed = Annotated[int, Field(ge=2)]  # tokens of an answer whose steps are timed: the first comes before any step
 PositiveFloat = Annotated[float, Field(gt=0)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
@@ -268,7 +269,7 @@ class CalibrateSection(Section):
     max_nodes: Annotated[int, Field(ge=2)] = 64
     num_ranks: Annotated[int, Field(ge=2)] = 16
     sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32, 64)
-    tokens_per_size: PositiveInt = 48
+    tokens_per_size: Timed = 48
     rounds: PositiveInt = 3
     again: bool = False
 
@@ -302,7 +303,7 @@ class EvaluateSection(Section):
     path: AbsolutePath | None = None
     num_prompts: PositiveInt = 12
     max_turns: PositiveInt = 2
-    max_tokens: PositiveInt = 128
+    max_tokens: Timed = 128
     rounds: PositiveInt = 1
     schemes: tuple[SchemeName, ...] = ("greedy",)
     nodes: tuple[PositiveInt, ...] = ()

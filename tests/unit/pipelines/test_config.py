@@ -53,6 +53,8 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) ->
         (["train.steps=many"], "train.steps"),
         (["train.zero_stage=4"], "train.zero_stage"),
         (["distill.temperature=-1"], "distill.temperature"),
+        (["calibrate.tokens_per_size=1"], "calibrate.tokens_per_size: input should be greater than or equal to 2, got 1"),
+        (["evaluate.max_tokens=1"], "evaluate.max_tokens: input should be greater than or equal to 2, got 1"),
         (["serve.port=70000"], "serve.port"),
         (
             ["serve.tree=bushy"],
