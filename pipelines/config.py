@@ -56,7 +56,7 @@ def _absolute_source(source: str) -> str:
 
 def _no_uri(path: object) -> object:
     if "://" in str(path):
-        raise ValueError("must be a folder, on a cluster one that every node mounts, not a URI")
+        raise ValueError("must be a path, on a cluster one that every node mounts, not a URI")
     return path
 
 
@@ -75,7 +75,6 @@ def _tree_name(tree: object) -> int | str:
 
 
 NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute_source)]
 Sources = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_one_or_several)]
 KeyHash = Annotated[str, AfterValidator(_key_hash)]
@@ -294,13 +293,14 @@ SchemeName = Annotated[str, AfterValidator(_scheme)]
 class EvaluateSection(Section):
     """What is measured on: prompts never trained or calibrated on, up to `max_turns` of each, fed in order.
 
-    Greedy decoding with the checkpoint's own tree is always measured; `schemes` and sizes of trees (`nodes`) are
-    measured beside it, each with each. `identity_prompts` prompts are decoded again in float32. `text` is a file of
-    human-written text, a paragraph a line, for the quality guard of a tuned backbone; null is the built-in one.
+    `path` is read as `prompts.path` is; without one they are built-in. Greedy decoding with the checkpoint's own
+    tree is always measured; `schemes` and sizes of trees (`nodes`) are measured beside it, each with each.
+    `identity_prompts` prompts are decoded again in float32. `text` is a file of human-written text, a paragraph a line, for
+    the quality guard of a tuned backbone; null is the built-in one.
     Where checkpoint, prompts and settings are as they were, the earlier report stands, unless `again`.
     """
 
-    path: AbsolutePath | None = None
+    path: Sources | None = None
     num_prompts: PositiveInt = 12
     max_turns: PositiveInt = 2
     max_tokens: Timed = 128
@@ -308,7 +308,7 @@ class EvaluateSection(Section):
     schemes: tuple[SchemeName, ...] = ("greedy",)
     nodes: tuple[PositiveInt, ...] = ()
     identity_prompts: PositiveInt = 4
-    text: AbsolutePath | None = None
+    text: MountedPath | None = None
     again: bool = False
 
 
@@ -396,7 +396,7 @@ class ServeSection(Section):
     max_body_bytes: PositiveInt = 4 * 2**20
     request_timeout_s: PositiveFloat = 570  # below the 600 s of Ray Serve's proxy, whose refusal is plain text
     api_keys: tuple[KeyHash, ...] = ()
-    api_keys_file: AbsolutePath | None = None
+    api_keys_file: MountedPath | None = None
     cors_origins: tuple[str, ...] = ()
     access_log: bool = True
     log_prompts: bool = False

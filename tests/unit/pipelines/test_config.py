@@ -53,7 +53,10 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path: Path) ->
         (["train.steps=many"], "train.steps"),
         (["train.zero_stage=4"], "train.zero_stage"),
         (["distill.temperature=-1"], "distill.temperature"),
-        (["calibrate.tokens_per_size=1"], "calibrate.tokens_per_size: input should be greater than or equal to 2, got 1"),
+        (
+            ["calibrate.tokens_per_size=1"],
+            "calibrate.tokens_per_size: input should be greater than or equal to 2, got 1",
+        ),
         (["evaluate.max_tokens=1"], "evaluate.max_tokens: input should be greater than or equal to 2, got 1"),
         (["serve.port=70000"], "serve.port"),
         (
@@ -154,11 +157,12 @@ def test_what_a_cluster_is_told_is_reached_from_every_node() -> None:
         assert re.match(r"/mnt/|s3://|gs://", str(path)), path
 
 
-def test_a_workdir_is_a_folder_and_no_uri() -> None:
+@pytest.mark.parametrize("key", ["workdir", "evaluate.text", "serve.api_keys_file"])
+def test_what_is_opened_as_a_file_is_a_path_and_no_uri(key: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"workdir: .*must be a folder, on a cluster one that every node mounts, not a URI"
+        ConfigError, match=rf"{key}: must be a path, on a cluster one that every node mounts, not a URI"
     ):
-        load_config(None, ["workdir=s3://bucket/medusa"])
+        load_config(None, [f"{key}=s3://bucket/medusa"])
 
 
 @pytest.mark.parametrize("tree", [None, 16, "dynamic", "dynamic:16"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -216,22 +217,35 @@ def test_of_few_prompts_one_is_for_calibration(tmp_path: Path) -> None:
 def test_evaluation_takes_the_turns_of_the_mt_bench_shape(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text('{"question_id": 81, "category": "writing", "turns": ["one", "two"]}\n')
-    (prompt,) = evaluation_prompts(EvaluateSection(path=file))
+    (prompt,) = evaluation_prompts(EvaluateSection(path=(str(file),)))
     assert (prompt.id, prompt.source, prompt.category, prompt.turns) == ("81", "q", "writing", ("one", "two"))
-    (prompt,) = evaluation_prompts(EvaluateSection(path=file, max_turns=1))
+    (prompt,) = evaluation_prompts(EvaluateSection(path=(str(file),), max_turns=1))
     assert prompt.turns == ("one",)
 
 
-def test_sources_are_absolute_paths_and_uris_one_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("section", ["prompts", "evaluate"])
+def test_sources_are_absolute_paths_and_uris_one_or_several(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    load = partial(load_config, None)
-    assert load(["prompts.path=p.jsonl"]).prompts.path == (f"{tmp_path}/p.jsonl",)
-    several = load(["prompts.path=[s3://bucket/p/*.parquet, data/*.jsonl]"])
-    assert several.prompts.path == ("s3://bucket/p/*.parquet", f"{tmp_path}/data/*.jsonl")
+    load, path_of = partial(load_config, None), attrgetter(f"{section}.path")
+    assert path_of(load([f"{section}.path=p.jsonl"])) == (f"{tmp_path}/p.jsonl",)
+    several = load([f"{section}.path=[s3://bucket/p/*.parquet, data/*.jsonl]"])
+    assert path_of(several) == ("s3://bucket/p/*.parquet", f"{tmp_path}/data/*.jsonl")
     assert load_config(_dumped(several, tmp_path / "c.yaml")) == several
     for nothing in ("[]", "''"):
-        with pytest.raises(ConfigError, match=r"prompts\.path"):
-            load([f"prompts.path={nothing}"])
+        with pytest.raises(ConfigError, match=rf"{section}\.path"):
+            load([f"{section}.path={nothing}"])
+
+
+def test_evaluation_reads_a_uri_as_it_reads_the_path(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    by_path, by_uri = (
+        evaluation_prompts(load_config(None, [f"evaluate.path={source}"]).evaluate)
+        for source in (f"{tmp_path}/q.jsonl", f"file://{tmp_path}/*.jsonl")
+    )
+    assert [prompt.turns for prompt in by_uri] == [("one",), ("two",)]
+    assert by_uri == by_path
 
 
 def _dumped(config: Config, file: Path) -> Path:
