@@ -62,7 +62,8 @@ def answer_prompts(
     Rejection acceptance above temperature 0, so that the heads never change what is said.
     """
     waiting = deque(_begin(prompt, part) for prompt, part in asked)
-    common = {"sampling": sampling_key(config), "backbone": model.backbone.fingerprint}
+    dtype = str(model.backbone.weight_dtype).removeprefix("torch.")
+    common = {"sampling": sampling_key(config, dtype), "backbone": model.backbone.fingerprint}
     running: dict[str, _Chat] = {}
     rows: list[dict[str, Any]] = []
     while waiting or engine.has_work:

@@ -95,6 +95,11 @@ class BackboneSection(Section):
     dtype: str = "auto"
     device: str | None = None
 
+    @property
+    def decodes_in(self) -> str:
+        """`dtype` by the type's own name."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
+
 
 class HeadsSection(Section):
     """Shape of fresh heads (`train.init_from: none`); null is the default of `medusa.HeadsConfig`.

@@ -22,7 +22,7 @@ from pipelines.errors import ConfigError
 from pipelines.job_log import JobLog
 from pipelines.pool import Pool, Watch
 from pipelines.prompts import Prompt, prompt_digest, prompt_parts
-from pipelines.records import CALIBRATION, TRAIN, UNUSED, align, answer_files, sampling_key, scan
+from pipelines.records import CALIBRATION, TRAIN, UNUSED, align, answer_files, same_sampling, sampling_key, scan
 from pipelines.self_prompt import self_prompts
 from pipelines.stage import Progress, Step, ignore_progress, main
 
@@ -87,10 +87,10 @@ def _wanted(config: Config, progress: Progress) -> list[Asked]:
 
 def _refuse_other_settings(folder: Path, config: Config) -> str | None:
     """ConfigError where the folder was made with other settings than those asked for; the backbone that wrote it, if any."""
-    asked_now, written_by = sampling_key(config.distill), None
+    asked_now, written_by = sampling_key(config.distill, config.backbone.decodes_in), None
     for row in scan(folder, ["sampling", "backbone"]):
         written_by = row["backbone"]
-        if row["sampling"] != asked_now:
+        if not same_sampling(row["sampling"], asked_now):
             raise ConfigError(
                 f"{folder} holds answers made with {row['sampling']}, asked for is {asked_now}; use another workdir, or remove it"
             )

@@ -69,9 +69,16 @@ class Answers:
         return sum(len(row.response_ids) for row in self.rows)
 
 
-def sampling_key(config: DistillSection) -> str:
-    """The settings that an answer depends on, as one comparable string."""
-    return json.dumps(config.model_dump(include={"max_tokens", "temperature", "top_p", "seed"}), sort_keys=True)
+def sampling_key(config: DistillSection, dtype: str) -> str:
+    """The settings that an answer depends on, and the type in which the backbone decodes it, as one string."""
+    settings = config.model_dump(include={"max_tokens", "temperature", "top_p", "seed"})
+    return json.dumps(settings | {"dtype": dtype}, sort_keys=True)
+
+
+def same_sampling(made: str, asked: str) -> bool:
+    """Are answers of the key `made` those that `asked` is for? Keys of earlier releases name no dtype: any will do."""
+    wanted = json.loads(asked)
+    return bool({"dtype": wanted["dtype"]} | json.loads(made) == wanted)
 
 
 def answer_files(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from medusa.checkpoint import save_checkpoint
 from medusa.config import HeadsConfig
 from medusa.engine import Engine
 from medusa.heads import MedusaHeads
+from medusa.native.build import library
 from pipelines.answering import (
     TREE_BATCH_LIMIT,
     Answerer,
@@ -58,7 +59,7 @@ def _table(rows: list[dict[str, object]]) -> pa.Table:
 def _row(name: str, **changed: object) -> dict[str, object]:
     row: dict[str, object] = dict(
         id=name, prompt_id=name, source="s", part=TRAIN, prompt_ids=[1], response_ids=[2, 3], response="x",
-        finish_reason="stop", sampling=sampling_key(SETTINGS), backbone="b", error=None,
+        finish_reason="stop", sampling=sampling_key(SETTINGS, "float32"), backbone="b", error=None,
     )  # fmt: skip
     return row | changed
 
@@ -220,6 +221,16 @@ def test_training_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pq, "read_table", read)
     assert len(read_answers(tmp_path, TRAIN).rows) == 1
     assert not {"response", "source", "finish_reason"} & set(asked)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "int8"])
+def test_an_actors_answers_say_the_settings_that_were_asked_for(dtype: str, tiny_folder: Path) -> None:
+    if dtype == "int8" and library() is None:
+        pytest.skip("no C compiler here")
+    backbone = BackboneSection(name=str(tiny_folder), dtype=dtype)
+    settings = SETTINGS.model_copy(update={"heads": "none", "context_length": 120, "threads": 1})
+    (row,) = Answerer(backbone, settings)(prompt_table([(_prompt("p", "hello"), TRAIN)])).to_pylist()
+    assert row["sampling"] == sampling_key(settings, backbone.decodes_in)
 
 
 def test_an_actor_with_another_backbone_than_the_answers_refuses_to_mix_them(

@@ -34,7 +34,8 @@ def answered_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
             {
                 "id": prompt.id, "prompt_id": prompt.id, "source": "s", "part": part, "prompt_ids": [1],
                 "response_ids": [2, 3], "response": prompt.turns[0], "finish_reason": "stop",
-                "sampling": sampling_key(config.distill), "backbone": "b", "error": None, "asked": prompt_digest(prompt),
+                "sampling": sampling_key(config.distill, config.backbone.decodes_in), "backbone": "b", "error": None,
+                "asked": prompt_digest(prompt),
             }
             for prompt, part in missing
         ]  # fmt: skip
@@ -46,11 +47,13 @@ def answered_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 
 @pytest.fixture
 def distil(tmp_path: Path, answered_by: list[str | None]) -> Distil:
-    def run(texts: dict[str, str], *, settings: dict[str, Any] | None = None, **prompts: Any) -> distill.DistillResult:
+    def run(
+        texts: dict[str, str], *, settings: dict[str, Any] | None = None, dtype: str = "auto", **prompts: Any
+    ) -> distill.DistillResult:
         file = tmp_path / "prompts.jsonl"
         file.write_text("".join(json.dumps({"id": name, "prompt": text}) + "\n" for name, text in texts.items()))
-        section = {"path": file, **prompts}
-        return distill.run(Config.model_validate({"workdir": tmp_path, "prompts": section, "distill": settings or {}}))
+        sections = {"prompts": {"path": file, **prompts}, "distill": settings or {}, "backbone": {"dtype": dtype}}
+        return distill.run(Config.model_validate({"workdir": tmp_path, **sections}))
 
     return run
 
@@ -124,6 +127,28 @@ def test_other_settings_are_refused_also_where_all_that_is_there_is_a_dead_runs(
     file.rename(folder / f"{RUN}dead" / "0.parquet")
     with pytest.raises(ConfigError, match=r'"max_tokens": 8.*asked for is .*"max_tokens": 9'):
         distil(TEXTS, settings={"max_tokens": 9})
+
+
+def test_answers_in_another_dtype_are_other_answers(distil: Distil) -> None:
+    distil({"p0": TEXTS["p0"]}, dtype="auto")
+    assert distil(TEXTS, dtype="bfloat16").num_done_before == 1  # what auto means
+    with pytest.raises(ConfigError, match=r'"dtype": "bfloat16".*asked for is .*"dtype": "int8"'):
+        distil(TEXTS, dtype="int8")
+
+
+def test_answers_of_an_earlier_release_which_do_not_say_their_dtype_stand(distil: Distil) -> None:
+    folder = distil({"p0": TEXTS["p0"]}, dtype="int8").folder
+    (file,) = folder.glob("*.parquet")
+    table = pq.read_table(file)
+    earlier = pa.array(['{"max_tokens": 256, "seed": 0, "temperature": 0.0, "top_p": 1.0}'])
+    pq.write_table(table.set_column(ANSWERS.get_field_index("sampling"), ANSWERS.field("sampling"), earlier), file)
+    for dtype in ("auto", "int8"):
+        assert distil({"p0": TEXTS["p0"]}, dtype=dtype).num_done_before == 1
+    with pytest.raises(ConfigError, match=r'"seed": 0.*asked for is .*"seed": 1'):
+        distil(TEXTS, settings={"seed": 1})
+    assert distil(TEXTS, dtype="int8").num_done_before == 1
+    with pytest.raises(ConfigError, match=r'"dtype": "int8".*asked for is .*"dtype": "bfloat16"'):
+        distil(TEXTS)  # from here on there are some that say it
 
 
 def test_actors_are_told_whose_answers_are_there(distil: Distil, answered_by: list[str | None]) -> None:
