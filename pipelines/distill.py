@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,24 @@ def _refuse_other_settings(folder: Path, config: Config) -> str | None:
 
 
 def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> Watch:
+    before = _tally(pool.folder, without={prompt.id for prompt, _ in missing})
     with JobLog(config, f"distill-{_job(pool.folder)}", _params(config, total)) as log:
+
+        def tell(num_tokens: int, turns: Counter[str]) -> None:
+            counts = {"tokens": num_tokens} | {f"finish_{name}": turns[name] for name in ("stop", "length", "error")}
+            # MLflow shows the metrics of the highest step, so prompts that fell out of use go on counting.
+            log.metrics(counts | {"tokens_per_s": watch.tokens_per_s}, step=before.num_unused + watch.done)
 
         def told(step: Step) -> None:
             progress(step)
-            log.metrics(_metrics(watch), step=watch.done)
+            tell(before.num_tokens + watch.tokens, before.turns + watch.reasons)
 
         watch = Watch(told, key="prompt_id", done_before=total - len(missing), total=total, clock=time.monotonic)
         with ray_session(config):
             require(config, actors_needed(config, len(missing)))
             pool.run(prompt_table(missing), watch)
+        after = _tally(pool.folder)
+        tell(after.num_tokens, after.turns)
     return watch
 
 
@@ -138,20 +147,31 @@ def _params(config: Config, total: int) -> dict[str, Any]:
     return {"backbone": config.backbone.name, "num_prompts": total} | {f"distill.{k}": v for k, v in settings.items()}
 
 
-def _metrics(watch: Watch) -> dict[str, float]:
-    return {"tokens": watch.tokens, "tokens_per_s": watch.tokens_per_s} | {
-        f"finish_{name}": count for name, count in watch.reasons.items()
-    }
+@dataclass(frozen=True, kw_only=True)
+class _Tally:
+    """What the answers of a folder come to: `turns` by their ending, "error" among them; prompts out of use beside them."""
+
+    num_tokens: int
+    turns: Counter[str]
+    num_unused: int
+
+
+def _tally(folder: Path, *, without: Container[str] = ()) -> _Tally:
+    """Of all prompts in use but some."""
+    num_tokens, turns, unused = 0, Counter[str](), set()
+    for row in scan(folder, ["prompt_id", "part", "response_ids", "finish_reason", "error"]):
+        if row["part"] == UNUSED:
+            unused.add(row["prompt_id"])
+        elif row["prompt_id"] not in without:
+            turns[row["finish_reason"] if row["error"] is None else "error"] += 1
+            num_tokens += len(row["response_ids"])
+    return _Tally(num_tokens=num_tokens, turns=turns, num_unused=len(unused))
 
 
 def _result(folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watch | None) -> DistillResult:
-    num_tokens, reasons = 0, Counter[str]()
-    for row in scan(folder, ["part", "response_ids", "finish_reason", "error"]):
-        if row["part"] == UNUSED:
-            continue
-        reasons[row["finish_reason"] if row["error"] is None else "error"] += 1
-        num_tokens += len(row["response_ids"])
+    tally = _tally(folder)
     assert answer_files(folder) or not wanted
+    reasons = tally.turns
     failed = reasons.pop("error", 0)
     return DistillResult(
         folder=folder,
@@ -159,7 +179,7 @@ def _result(folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watc
         num_done_before=len(wanted) - len(missing),
         num_failed=failed,
         num_answers=reasons.total(),
-        num_tokens=num_tokens,
+        num_tokens=tally.num_tokens,
         tokens_per_s=watch.tokens_per_s if watch else None,
         finish_reasons=dict(reasons),
     )

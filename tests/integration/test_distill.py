@@ -22,12 +22,13 @@ from pipelines.cluster import ray_session
 from pipelines.config import Config, load_config
 from pipelines.errors import StageError
 from pipelines.pool import RUN
-from pipelines.records import scan
+from pipelines.records import UNUSED, scan
 from pipelines.registry import open_registry
 from pipelines.self_prompt import self_prompts
 from pipelines.stage import Step, ignore_progress
 
 NUM_PROMPTS = 120
+FINISHES = ("stop", "length", "error")
 WAIT_S = 240.0  # for a machine that does other work besides
 
 
@@ -167,6 +168,28 @@ def test_only_failed_rows_are_asked_again_and_the_run_stays_one(settings: list[s
     assert (retried.num_asked, retried.num_answers, retried.num_failed) == (5, 5, 0)
     assert Counter(row["id"] for row in scan(wide.layout.distilled)) == Counter("abcde")
     assert _run_of(wide)["tokens"] == retried.num_tokens
+
+
+@pytest.mark.usefixtures("_ray")
+def test_after_each_rerun_the_run_tells_of_all_answers_in_use(settings: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+
+    def distilled(names: str, *overrides: str) -> distill.DistillResult:
+        file.write_text("".join(json.dumps({"id": name, "prompt": name * 30}) + "\n" for name in names))
+        config = load_config(None, [*settings, f"prompts.path={file}", *overrides])
+        result, logged = distill.run(config), _run_of(config)
+        rows = [row for row in scan(config.layout.distilled) if row["part"] != UNUSED]
+        reasons = Counter("error" if row["error"] is not None else row["finish_reason"] for row in rows)
+        assert logged["tokens"] == sum(len(row["response_ids"]) for row in rows)
+        assert {name: logged.get(f"finish_{name}", 0) for name in FINISHES} == {
+            name: reasons[name] for name in FINISHES
+        }
+        return result
+
+    assert distilled("ab", "distill.context_length=48").num_failed == 2
+    assert distilled("abc").num_asked == 1
+    assert distilled("abcd", "distill.retry_errors=true").num_asked == 3
+    assert distilled("e").num_asked == 1  # fewer than were told of before
 
 
 @pytest.mark.usefixtures("_ray")
