@@ -184,7 +184,7 @@ class DistillSection(Section):
     for small batches and plain decoding for large ones, which use the arithmetic that a tree would spend (see
     `answering`); 1 is plain decoding always. `rows_per_file` prompts are answered and committed together, fewer where
     that would leave actors idle. `cpus_per_actor` is Ray's logical share; `threads` are real ones, null divides the
-    machine's cores among the actors.
+    cores that a process may use among the actors.
     """
 
     max_tokens: PositiveInt = 256

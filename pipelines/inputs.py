@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from pipelines.models import num_cores
 
 
 def inputs_key(*parts: object) -> str:
@@ -26,9 +27,9 @@ def weights_digest(folder: Path) -> str:
 
 
 def machine() -> str:
-    """What times measured here depend on: the GPU, or else how many cores there are and what they can do."""
+    """What times measured here depend on: the GPU, or else how many cores there are for this process and what they can do."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{num_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -26,11 +26,16 @@ def load_model(backbone: BackboneSection, heads: str, *, dtype: str | None = Non
     return medusa.load(backbone.name, heads=heads_choice(heads), dtype=dtype or backbone.dtype, device=backbone.device)
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_threads(wanted: int | None, *, processes: int) -> None:
-    """Compute threads of this process: `wanted`, or the machine's cores divided among `processes`.
+    """Compute threads of this process: `wanted`, or the cores that it may use divided among `processes`.
 
     Ray sets OMP_NUM_THREADS from an actor's logical CPUs, which say little about the cores that it may use.
     """
     import torch
 
-    torch.set_num_threads(wanted or max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(wanted or max(1, num_cores() // processes))
