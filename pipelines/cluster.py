@@ -19,6 +19,7 @@ from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
 from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries
 
 Result = TypeVar("Result", bound=StageResult)
+Measured = TypeVar("Measured")
 
 # Read once by Ray, DeepSpeed, MLflow and tokenizers when they start; what the user has set wins.
 ENVIRONMENT = {
@@ -138,25 +139,40 @@ def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Conf
 def _run(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
     if name not in MEASURED or not config.ray.measure_on:
         return run(config, progress)
+    # A stage that runs as `__main__` here is found under its own name alone elsewhere.
+    named: Callable[..., Result] = importlib.import_module(f"pipelines.{name}").run
+    return measured(name, named, config, progress)
+
+
+def measured(
+    what: str, measure: Callable[..., Measured], config: Config, progress: Progress, **inputs: Any
+) -> Measured:
+    """`measure(config, progress=progress, **inputs)`: here, or, where `ray.measure_on` says so, in a task with those
+    resources. `measure` is a function that every node can import, and paths in `inputs` lie in the working directory.
+
+    Raises what `measure` raises, StageError where the cluster lacks the resources.
+    """
+    if not config.ray.measure_on:
+        return measure(config, progress=progress, **inputs)
     import_environment(config)
     import ray
 
     wanted = dict(config.ray.measure_on)
-    need = Need(what=name, count=1, each=dict(wanted), lower="ray.measure_on")
+    need = Need(what=what, count=1, each=dict(wanted), lower="ray.measure_on")
     cpus, gpus = wanted.pop("CPU", 1.0), wanted.pop("GPU", 0.0)
     with ray_session(config):
         require(config, need)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=2)(_measure)
+        task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=2)(_measure)
         progress(Step(done=0, total=1, note=f"on a node with {need.share}"))
         try:
-            measured: Any = ray.get(task.remote(name, config.model_dump_json()))
+            found: Measured = ray.get(task.remote(measure, config.model_dump_json(), inputs))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-    return measured
+    return found
 
 
-def _measure(name: str, config: str) -> StageResult:
+def _measure(measure: Callable[..., Measured], config: str, inputs: dict[str, Any]) -> Measured:
     """In a Ray worker; its log goes to the driver's."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
-    return importlib.import_module(f"pipelines.{name}").run(Config.model_validate_json(config), log_progress)
+    return measure(Config.model_validate_json(config), progress=log_progress, **inputs)

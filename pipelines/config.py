@@ -130,7 +130,7 @@ class RaySection(Section):
     (looked for every `resize_every_s`); null: always `train.num_workers`. `max_preemptions` announced losses of a node are
     survived beside `train.max_failures` (null: any number). `wait_s`: how long an autoscaler may take to add nodes that a
     stage needs; 0 refuses at once. `measure_on` ({GPU: 1}) are the resources of the task in which calibrate and evaluate
-    run; null runs them in the driver, which may sit on a node without the device.
+    run and promote compares; null does that in the driver, which may sit on a node without the device.
     """
 
     address: str | None = None

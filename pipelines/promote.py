@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from medusa.errors import CheckpointError
 from pipelines import evaluate
+from pipelines.cluster import measured
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
 from pipelines.evaluate import Comparison
@@ -53,8 +54,8 @@ class PromoteResult:
 def run(config: Config, progress: Progress = ignore_progress, *, measure: Measure | None = None) -> PromoteResult:
     """Promote the challenger (or `promote.version`), or roll back where `promote.rollback` says so.
 
-    Challenger and champion are fetched and measured side by side, now, on this machine. Without a champion there is
-    nothing to measure beside, and the challenger's stored evaluation, made of these very bytes, is enough. Raises
+    Challenger and champion are fetched and measured side by side, now, where `ray.measure_on` says. Without a champion
+    there is nothing to measure beside, and the challenger's stored evaluation, made of these very bytes, is enough. Raises
     PromotionRefused with the gate's reasons, StageError where there is no challenger or the champion never rests.
     """
     if config.promote.rollback:
@@ -214,7 +215,8 @@ def _side_by_side(config: Config, registry: Registry, progress: Progress) -> Mea
         ours, theirs = registry.fetch(challenger), registry.fetch(champion)
         assert ours.folder is not None
         assert theirs.folder is not None
-        return evaluate.compare(config, challenger=ours.folder, champion=theirs.folder, progress=progress)
+        folders = {"challenger": ours.folder, "champion": theirs.folder}
+        return measured("promote", evaluate.compare, config, progress, **folders)
 
     return measure
 

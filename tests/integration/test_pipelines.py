@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,30 @@ def test_the_demo_goes_all_the_way_over_what_is_there(configure: Configure, trai
     assert result.report.is_file()
     champion = champion_of(config)
     assert champion is not None and champion.number == result.version
+
+
+def test_the_gate_compares_in_the_task_that_measure_on_asks_for(
+    configure: Configure, distilled: Path, trained: train.TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver, which may have no device for a model, loads none."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("a model in the driver")
+
+    margins = ("promote.min_acceleration=0.01", "promote.acceleration_margin=0.9", "promote.speedup_margin=0.9")
+    config = _copy_answers(configure("ray.measure_on={CPU: 1}", *margins, workdir=tmp_path), configure())
+    shutil.copytree(trained.checkpoint, config.layout.checkpoint)
+    registered = []
+    for nodes in (8, 4):
+        calibrate.run(configure(f"calibrate.max_nodes={nodes}", workdir=tmp_path))
+        evaluate.run(config)
+        registered.append(register.run(config).version)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "load_model", load)
+            promoted = promote.run(config)
+    assert (promoted.previous, promoted.champion) == tuple(registered)
+    assert promoted.comparison is not None
+    assert promoted.comparison.num_differing == 0
 
 
 def _copy_answers(config: Config, source: Config) -> Config:
