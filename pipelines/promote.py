@@ -200,14 +200,19 @@ def _gate(
         reasons = (*reasons, "its evaluation is of another checkpoint; register it again")
     if champion is None or reasons:
         return reasons, None
-    ours, theirs = challenger.tags.get(TAG_BACKBONE), champion.tags.get(TAG_BACKBONE)
-    if ours != theirs:
+    ours, theirs = challenger.tags.get(TAG_BACKBONE, ""), champion.tags.get(TAG_BACKBONE, "")
+    if _fingerprint(ours) != _fingerprint(theirs):
         return (f"it is for backbone {ours}, the champion for {theirs}: there is nothing to compare",), None
     try:
         compared = measure(challenger, champion)
     except (CheckpointError, StageError) as error:
         return (f"it cannot be measured beside version {champion.number}: {error}",), None
     return judge(evaluation, compared, gate, rolled_back=rolled_back), compared
+
+
+def _fingerprint(backbone: str) -> str:
+    """Of "name fingerprint": a name may be a path, which differs from machine to machine."""
+    return backbone.rpartition(" ")[2]
 
 
 def _side_by_side(config: Config, registry: Registry, progress: Progress) -> Measure:

@@ -16,7 +16,7 @@ from pipelines.errors import PromotionRefused, StageError
 from pipelines.evaluate import Comparison
 from pipelines.listing import list_entries
 from pipelines.promote import PromoteResult, judge, stored_evaluation
-from pipelines.register import TAG_EVALUATION
+from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
 from pipelines.registry import CHALLENGER, CHAMPION, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import (
     Case,
@@ -295,6 +295,18 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(config: Config, regi
         promote.run(config, measure=measure)
     with pytest.raises(StageError, match="no version 99"):
         _promote(config, version=99)
+
+
+def test_a_backbone_is_the_same_wherever_its_weights_lie(config: Config, registry: Registry, tmp_path: Path) -> None:
+    champion = registry.aliased(CHAMPION)
+    assert champion is not None
+    registry.tag(champion.number, {TAG_BACKBONE: "/there/llama abc"})
+    challenger = _register(registry, tmp_path / "f", "elsewhere", replace(GOOD, acceleration_rate=4))
+    registry.tag(challenger.number, {TAG_BACKBONE: "/there/llama def"})
+    with pytest.raises(PromotionRefused, match="for backbone /there/llama def, the champion for /there/llama abc"):
+        _promote(config)
+    registry.tag(challenger.number, {TAG_BACKBONE: "/mounted here/llama abc"})
+    assert _promote(config).previous == champion.number
 
 
 def test_an_unreachable_server_is_one_line_after_a_few_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
