@@ -117,8 +117,8 @@ def judge(
     """Why the challenger must not be promoted; empty when it may. Pure.
 
     The guard first: identity with plain decoding must have been checked in float32 and have held; a tuned backbone must
-    also have kept its perplexity. Then the gain over plain decoding, and, where there is a champion, acceleration rate
-    and speedup must reach the champion's as both were just measured, less the gate's margins.
+    also have kept its perplexity. Then acceleration rate and speedup must reach the least that the gate asks for and,
+    where there is a champion, the champion's less the margins: then all of these are what was just measured.
     """
     if challenger is None:
         return ("it was never evaluated",)
@@ -134,12 +134,14 @@ def judge(
     if compared is not None and compared.dtype in ("float32", "float64") and compared.num_differing:
         reasons.append(f"{compared.num_differing} {compared.dtype} answers differed from plain decoding just now")
     reasons += _quality_reasons(challenger, gate)
-    rate = compared.challenger.acceleration_rate if compared else challenger.acceleration_rate
-    if not rate >= gate.min_acceleration:
-        reasons.append(f"acceleration rate {rate:.2f} is below promote.min_acceleration {gate.min_acceleration:g}")
+    found = compared.challenger if compared else challenger
+    if not found.acceleration_rate >= gate.min_acceleration:
+        reasons.append(
+            f"acceleration rate {found.acceleration_rate:.2f} is below promote.min_acceleration {gate.min_acceleration:g}"
+        )
+    if not found.speedup >= gate.min_speedup:
+        reasons.append(f"speedup {found.speedup:.2f} is below promote.min_speedup {gate.min_speedup:g}")
     if compared is None:
-        if not challenger.speedup >= gate.min_speedup:
-            reasons.append(f"speedup {challenger.speedup:.2f} is below promote.min_speedup {gate.min_speedup:g}")
         return tuple(reasons)
     for name, margin in (("acceleration_rate", gate.acceleration_margin), ("speedup", gate.speedup_margin)):
         ours, theirs = getattr(compared.challenger, name), getattr(compared.champion, name)

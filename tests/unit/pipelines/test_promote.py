@@ -83,24 +83,35 @@ def by_stored_figures(challenger: Version, champion: Version) -> Comparison:
 
 
 @given(rates, rates, speeds, speeds)
-def test_the_gate_opens_exactly_where_both_figures_reach_the_champions_less_the_margins(
+def test_the_gate_opens_exactly_where_both_figures_reach_the_least_and_the_champions_less_the_margins(
     ours: float, theirs: float, our_speed: float, their_speed: float
 ) -> None:
     challenger, champion = figures(ours, our_speed), figures(theirs, their_speed)
     passes = (
-        challenger.acceleration_rate >= champion.acceleration_rate * 0.98 and our_speed / 50 >= their_speed / 50 * 0.9
+        challenger.acceleration_rate >= champion.acceleration_rate * 0.98
+        and our_speed / 50 >= their_speed / 50 * 0.9
+        and our_speed / 50 >= GATE.min_speedup
     )
     assert (judge(GOOD, compared(challenger, champion), GATE) == ()) is passes
 
 
 @given(rates, speeds)
-def test_an_equal_challenger_passes(rate: float, speed: float) -> None:
-    assert judge(GOOD, compared(figures(rate, speed), figures(rate, speed)), GATE) == ()
+def test_an_equal_challenger_passes_where_it_is_faster_than_plain_decoding(rate: float, speed: float) -> None:
+    reasons = judge(GOOD, compared(figures(rate, speed), figures(rate, speed)), GATE)
+    assert (reasons == ()) is (speed >= 50)
+
+
+def test_a_gain_that_was_stored_but_not_measured_just_now_is_none() -> None:
+    slow = figures(0.9, 49.0)
+    assert judge(GOOD, compared(slow, slow), GATE) == (
+        "acceleration rate 0.90 is below promote.min_acceleration 1",
+        "speedup 0.98 is below promote.min_speedup 1",
+    )
 
 
 def test_a_figure_that_is_no_number_passes_nothing() -> None:
     broken = replace(figures(), tree_tokens_per_s=float("nan"))
-    assert len(judge(GOOD, compared(broken, figures()), GATE)) == 1
+    assert len(judge(GOOD, compared(broken, figures()), GATE)) == 2  # neither the least speedup nor the champion's
 
 
 @pytest.mark.parametrize(
