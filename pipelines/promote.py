@@ -56,7 +56,8 @@ def run(config: Config, progress: Progress = ignore_progress, *, measure: Measur
 
     Challenger and champion are fetched and measured side by side, now, where `ray.measure_on` says. Without a champion
     there is nothing to measure beside, and the challenger's stored evaluation, made of these very bytes, is enough. Raises
-    PromotionRefused with the gate's reasons, StageError where there is no challenger or the champion never rests.
+    PromotionRefused with the gate's reasons, StageError where there is no challenger, the champion never rests, or what is
+    no fault of the heads keeps them from being measured: then `promote.force` promotes unmeasured.
     """
     if config.promote.rollback:
         return rollback(config)
@@ -208,6 +209,9 @@ def _gate(
     try:
         compared = measure(challenger, champion)
     except (CheckpointError, StageError) as error:
+        # An outage, a cluster without room, files that are gone: no verdict on the heads. Only `force` goes on.
+        if isinstance(error, StageError) and not gate.force:
+            raise
         return (f"it cannot be measured beside version {champion.number}: {error}",), None
     return judge(evaluation, compared, gate, rolled_back=rolled_back), compared
 

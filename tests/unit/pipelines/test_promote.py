@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medusa.errors import CheckpointError
 from pipelines import promote
 from pipelines.config import Config, PromoteSection
-from pipelines.errors import PromotionRefused, StageError
+from pipelines.errors import PromotionRefused, StageError, TrackingUnreachable
 from pipelines.evaluate import Comparison
 from pipelines.listing import list_entries
 from pipelines.promote import PromoteResult, judge, stored_evaluation
@@ -306,6 +306,23 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(config: Config, regi
         promote.run(config, measure=measure)
     with pytest.raises(StageError, match="no version 99"):
         _promote(config, version=99)
+
+
+def test_an_outage_while_measuring_says_nothing_of_the_challenger(
+    config: Config, registry: Registry, tmp_path: Path
+) -> None:
+    """It ends the promotion, and the version bears no verdict; `force` goes on without a measurement."""
+
+    def measure(challenger: Version, champion: Version) -> Comparison:
+        raise TrackingUnreachable("no MLflow server answers")
+
+    challenger = _register(registry, tmp_path / "f", "unlucky", replace(GOOD, acceleration_rate=4))
+    with pytest.raises(TrackingUnreachable, match="no MLflow server answers"):
+        promote.run(config, measure=measure)
+    assert {entry.version: entry for entry in list_entries(config)}[challenger.number].verdict == "not judged"
+    forced = promote.run(config.model_copy(update={"promote": PromoteSection(force=True)}), measure=measure)
+    assert (forced.champion, len(forced.overruled)) == (challenger.number, 1)
+    promote.rollback(config)
 
 
 def test_a_backbone_is_the_same_wherever_its_weights_lie(config: Config, registry: Registry, tmp_path: Path) -> None:
