@@ -258,7 +258,7 @@ class Registry:
             self._client.set_model_version_tag(self.model_name, str(number), key, value)
 
     def fetch(self, version: Version) -> Version:
-        """The version with its folder on this machine: downloaded once, whole or not at all.
+        """The version with its folder on this machine: downloaded once, whole or not at all; again where it was damaged here.
 
         StageError where it cannot be had, or what comes is not what was registered.
         """
@@ -267,7 +267,7 @@ class Registry:
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         source = without_credentials(version.source)
-        if not target.is_dir():
+        if not _holds(target, version):
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
                 try:
@@ -277,19 +277,20 @@ class Registry:
                 except (MlflowException, OSError) as error:
                     reason = without_credentials(" ".join(str(error).split()))[:200]
                     raise StageError(f"version {version.number} cannot be fetched from {source}: {reason}") from error
-                digest = folder_digest(Path(got))
-                if (registered := version.tags.get(TAG_DIGEST, digest)) != digest:
+                if not _holds(Path(got), version):
                     raise StageError(
-                        f"version {version.number} came damaged from {source}: its digest is {digest}, registered "
-                        f"was {registered}; try again, and register it again if it stays so"
+                        f"version {version.number} came damaged from {source}: its digest is {folder_digest(Path(got))}, "
+                        f"registered was {version.tags[TAG_DIGEST]}; try again, and register it again if it stays so"
                     )
                 os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
-                with contextlib.suppress(OSError):  # another process was first, and its copy is as good
-                    os.replace(got, target)
+                if not _holds(target, version):  # else another process was first, and its copy is as good
+                    shutil.rmtree(target, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        os.replace(got, target)
             with contextlib.suppress(OSError):  # another process tidies too
                 self._tidy()
-        if not target.is_dir():
-            raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
+            if not _holds(target, version):
+                raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(target)
         return replace(version, folder=target)
@@ -458,6 +459,14 @@ def _failure(uri: str, error: Exception) -> StageError:
     told = f"the registry at {without_credentials(uri)} fails: {reason}"
     away = isinstance(error, OSError) or getattr(error, "error_code", None) in AWAY
     return TrackingUnreachable(told) if away and uri.startswith(("http://", "https://")) else StageError(told)
+
+
+def _holds(folder: Path, version: Version) -> bool:
+    """Is the folder there, and with the bytes that were registered?"""
+    try:
+        return folder.is_dir() and version.tags.get(TAG_DIGEST) in (None, folder_digest(folder))
+    except OSError:  # another process puts a whole one in its place
+        return False
 
 
 def _version(item: Any) -> Version:

@@ -81,6 +81,17 @@ def test_a_version_that_comes_damaged_is_refused_and_not_kept(
     assert folder_digest(folder) == version.tags[TAG_DIGEST]
 
 
+def test_a_copy_that_was_damaged_here_is_fetched_again(registry: Registry, tmp_path: Path) -> None:
+    version = _version(registry, tmp_path / "torn")
+    folder = registry.fetch(version).folder
+    assert folder is not None
+    weights = folder / "heads.safetensors"
+    for damage in (lambda: weights.write_bytes(b"torn"), weights.unlink, (folder / "left over").touch):
+        damage()
+        assert registry.fetch(version).folder == folder
+        assert folder_digest(folder) == version.tags[TAG_DIGEST]
+
+
 def test_versions_that_nobody_asked_for_in_a_day_make_room_but_for_the_last_few(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
