@@ -93,8 +93,7 @@ def run(config: Config, progress: Progress = ignore_progress, *, measure: Measur
 def rollback(config: Config) -> PromoteResult:
     """Make the champion's predecessor champion again; again, and its predecessor is. Raises StageError where there is none.
 
-    The version that is left is marked: the gate does not take it again unless forced. A version that went the same way
-    before is passed over.
+    The version that is left is marked: the gate does not take it again unless forced. Who comes back is marked no more.
     """
     registry = open_registry(config)
     with registry.lock(config.promote.lock_timeout_s) as lease:
@@ -108,6 +107,7 @@ def rollback(config: Config) -> PromoteResult:
                 f"version {champion} of {registry.model_name} is its first champion: there is none to go back to"
             )
         registry.tag(champion, {TAG_ROLLED_BACK: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+        registry.tag(earlier[-1], {TAG_ROLLED_BACK: ""})
         registry.crown(earlier, lease)
     return PromoteResult(champion=earlier[-1], previous=champion)
 
