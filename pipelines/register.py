@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from medusa.checkpoint import load_checkpoint
 from pipelines.config import Config, dump_config
 from pipelines.errors import StageError
-from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, folder_digest, open_registry
+from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 
@@ -30,7 +30,7 @@ class RegisterResult:
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
-    """Register the working directory's checkpoint. The same checkpoint is never registered twice.
+    """Register the working directory's checkpoint. The same checkpoint is never registered twice, nor by two at once.
 
     Raises StageError where it was not evaluated as it is now, CheckpointError where it is damaged.
     """
@@ -45,30 +45,41 @@ def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
             f"{folder} is not what was evaluated (digest {digest}, then {evaluation.checkpoint_digest}); run `evaluate`"
         )
     registry = open_registry(config)
-    known = next((version for version in registry.versions() if version.tags.get(TAG_DIGEST) == digest), None)
-    if known is not None:
-        version = known
-        registry.tag(known.number, {TAG_EVALUATION: evaluation.to_json()})
-    else:
-        run_id = registry.run_of(checkpoint.card, digest)
-        source = registry.log_folder(run_id, folder, f"{VERSION_FOLDER}-{digest}")
-        if config.layout.calibration.is_dir():
-            registry.log_folder(run_id, config.layout.calibration, f"{config.layout.calibration.name}-{digest}")
-        registry.log_text(run_id, dump_config(config), f"config-{digest}.yaml")
-        tags = {
-            TAG_DIGEST: digest,
-            TAG_EVALUATION: evaluation.to_json(),
-            TAG_BACKBONE: f"{checkpoint.backbone_name} {checkpoint.backbone_fingerprint}",
-        }
-        version = registry.add_version(run_id, source, tags)
-    log_report(registry, version.run_id, config.layout.evaluation, evaluation)
+    known = _known(registry, digest)
+    run_id = known.run_id if known else registry.run_of(checkpoint.card, digest)
+    source = known.source if known else _upload(config, registry, run_id, digest)
+    log_report(registry, run_id, config.layout.evaluation, evaluation)
+    tags = {
+        TAG_DIGEST: digest,
+        TAG_EVALUATION: evaluation.to_json(),
+        TAG_BACKBONE: f"{checkpoint.backbone_name} {checkpoint.backbone_fingerprint}",
+    }
     with registry.lock(config.promote.lock_timeout_s) as lease:
+        known = _known(registry, digest)  # somebody else may have registered it while we uploaded
+        lease.check()
+        if known is not None:
+            registry.tag(known.number, {TAG_EVALUATION: tags[TAG_EVALUATION]})
+        version = known or registry.add_version(run_id, source, tags)
         lease.check()
         registry.set_alias(CHALLENGER, version.number)
     progress(Step(done=1, total=1, note=f"version {version.number}"))
     return RegisterResult(
         version=version.number, model_name=config.registry.model_name, run_id=version.run_id, created=known is None
     )
+
+
+def _known(registry: Registry, digest: str) -> Version | None:
+    """The version that a checkpoint was registered as."""
+    return next((version for version in registry.versions() if version.tags.get(TAG_DIGEST) == digest), None)
+
+
+def _upload(config: Config, registry: Registry, run_id: str, digest: str) -> str:
+    """Store the checkpoint, how it was calibrated and the configuration with the run; the URI of the checkpoint."""
+    source = registry.log_folder(run_id, config.layout.checkpoint, f"{VERSION_FOLDER}-{digest}")
+    if config.layout.calibration.is_dir():
+        registry.log_folder(run_id, config.layout.calibration, f"{config.layout.calibration.name}-{digest}")
+    registry.log_text(run_id, dump_config(config), f"config-{digest}.yaml")
+    return source
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""What is registered is one version with what belongs to it, whoever else registers at the same moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import medusa
+from medusa.checkpoint import save_checkpoint
+from pipelines import register
+from pipelines.config import Config
+from pipelines.registry import CHALLENGER, Registry, folder_digest, open_registry
+from pipelines.report import write_report
+from tests.unit.medusa.tiny import random_heads
+from tests.unit.pipelines.test_promote import GOOD
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Config:
+    """A working directory with random heads that were evaluated."""
+    made = Config.model_validate({"workdir": tmp_path, "backbone": {"name": str(tiny_folder), "dtype": "float32"}})
+    backbone = medusa.load(tiny_folder, heads=None, dtype="float32").backbone
+    save_checkpoint(
+        made.layout.checkpoint,
+        random_heads(backbone),
+        paths=[(0,), (0, 0)],
+        backbone_name=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        dtype=torch.float32,
+    )
+    evaluation = replace(GOOD, checkpoint_digest=folder_digest(made.layout.checkpoint))
+    write_report(made.layout.evaluation, evaluation, [[1, 2]])
+    return made
+
+
+def test_who_registers_what_another_has_just_registered_finds_that_version(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, others = Registry.log_folder, []
+
+    def another_comes_first(*args: Any) -> str:
+        monkeypatch.setattr(Registry, "log_folder", upload)
+        others.append(register.run(config))
+        return upload(*args)
+
+    monkeypatch.setattr(Registry, "log_folder", another_comes_first)
+    ours = register.run(config)
+    (theirs,) = others
+    assert (theirs.created, ours) == (True, replace(theirs, created=False))
+    (version,) = open_registry(config).versions()
+    assert (version.number, version.aliases) == (ours.version, (CHALLENGER,))
