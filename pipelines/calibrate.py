@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config import CalibrateSection, Config
+from pipelines.config import CalibrateSection, Config, Layout
 from pipelines.inputs import inputs_key, machine, weights_digest
 from pipelines.models import load_model, use_threads
 from pipelines.records import CALIBRATION, Answers, settled_answers
@@ -74,7 +74,8 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     if json.loads(answers.sampling)["temperature"] > 0:
         logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
     key = _inputs(config, answers)
-    if not config.calibrate.again and (record := _record_of(config.layout.calibration, key)) is not None:
+    record = _record_in(config.layout.calibration)
+    if not config.calibrate.again and record is not None and record.get("inputs") == key:
         return _result(config, record, measured_before=True)
     use_threads(None, processes=1)
     model = load_model(config.backbone, str(config.layout.checkpoint))
@@ -88,6 +89,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     curve = tuple(SizeCost(nodes=n, expected_tokens=expected[n], step_s=step_s[n]) for n in sorted(step_s))
     record = {
         "inputs": key,
+        "weights": weights_digest(config.layout.checkpoint),
         "num_nodes": chosen,
         "num_answers": len(answers.rows),
         "device": f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", ""),
@@ -119,13 +121,19 @@ def _inputs(config: Config, answers: Answers) -> str:
     )
 
 
-def _record_of(folder: Path, key: str) -> dict[str, Any] | None:
-    """What an earlier calibration of the same inputs found; None where there was none, or it was cut off."""
+def is_current(layout: Layout) -> bool:
+    """Is what lies in the calibration folder of the weights that lie in the checkpoint? Of others, or unknown: no."""
+    record = _record_in(layout.calibration)
+    return record is not None and record.get("weights") == weights_digest(layout.checkpoint)
+
+
+def _record_in(folder: Path) -> dict[str, Any] | None:
+    """What an earlier calibration found; None where there was none, or it was cut off."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("inputs") == key else None
+    return record if isinstance(record, dict) else None
 
 
 def _result(config: Config, record: dict[str, Any], *, measured_before: bool = False) -> CalibrateResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from medusa.checkpoint import load_checkpoint
+from pipelines import calibrate
 from pipelines.config import Config, dump_config
 from pipelines.errors import StageError
 from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
@@ -74,9 +75,9 @@ def _known(registry: Registry, digest: str) -> Version | None:
 
 
 def _upload(config: Config, registry: Registry, run_id: str, digest: str) -> str:
-    """Store the checkpoint, how it was calibrated and the configuration with the run; the URI of the checkpoint."""
+    """Store the checkpoint, its calibration if there is one and the configuration with the run; the checkpoint's URI."""
     source = registry.log_folder(run_id, config.layout.checkpoint, f"{VERSION_FOLDER}-{digest}")
-    if config.layout.calibration.is_dir():
+    if calibrate.is_current(config.layout):
         registry.log_folder(run_id, config.layout.calibration, f"{config.layout.calibration.name}-{digest}")
     registry.log_text(run_id, dump_config(config), f"config-{digest}.yaml")
     return source

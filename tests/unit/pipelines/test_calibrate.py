@@ -101,6 +101,7 @@ def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(
     monkeypatch.setattr(calibrate, "load_model", load)
     assert calibrate.run(config) == replace(first, measured_before=True)
     assert folder_digest(config.layout.checkpoint) == calibrated
+    assert calibrate.is_current(config.layout)
     for changes in ({"again": True}, {"max_nodes": 5}):
         settings = config.calibrate.model_copy(update=changes)
         with pytest.raises(Measured):
@@ -115,5 +116,6 @@ def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(
         backbone_name=checkpoint.backbone_name,
         backbone_fingerprint=checkpoint.backbone_fingerprint,
     )
+    assert not calibrate.is_current(config.layout)
     with pytest.raises(Measured):  # other weights
         calibrate.run(config)

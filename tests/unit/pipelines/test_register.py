@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 import medusa
 from medusa.checkpoint import save_checkpoint
 from pipelines import register
+from pipelines.calibrate import RECORD
 from pipelines.config import Config
+from pipelines.inputs import weights_digest
 from pipelines.registry import CHALLENGER, Registry, folder_digest, open_registry
 from pipelines.report import write_report
 from tests.unit.medusa.tiny import random_heads
@@ -53,3 +56,13 @@ def test_who_registers_what_another_has_just_registered_finds_that_version(
     assert (theirs.created, ours) == (True, replace(theirs, created=False))
     (version,) = open_registry(config).versions()
     assert (version.number, version.aliases) == (ours.version, (CHALLENGER,))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_version_bears_the_calibration_of_its_own_weights_alone(own: bool, config: Config) -> None:
+    weights = weights_digest(config.layout.checkpoint) if own else "of other heads"
+    config.layout.calibration.mkdir()
+    (config.layout.calibration / RECORD).write_text(json.dumps({"weights": weights}))
+    registered = register.run(config)
+    names = [item.path for item in open_registry(config)._client.list_artifacts(registered.run_id)]
+    assert any(name.startswith("calibration-") for name in names) is own
