@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ class ModelHost:
     def __init__(self, config: Config, make_app: MakeApp, *, outlets: Sequence[Outlet] = ()) -> None:
         """Load and start. `outlets` get the metrics beside `/metrics`. Raises BackboneError, CheckpointError, KeyFileError,
         ValueError; registry errors."""
-        use_threads(len(os.sched_getaffinity(0)), processes=1)
+        use_threads(None, processes=1)
         self._config = config
         self._settings = config.serve
         self._keys = KeyRing.of(config.serve)
