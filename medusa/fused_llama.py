@@ -62,7 +62,7 @@ class FusedLlama:
             getattr(config, "hidden_act", "") == "silu"
             and getattr(config, "quantization_config", None) is None
             and model.dtype.is_floating_point
-            and len(layer_windows(config)) == 1
+            and len(_windows(config)) == 1
             and not any(_biases(layer.self_attn.o_proj, *layer.mlp.children()) for layer in core.layers)
         )
 
@@ -84,7 +84,7 @@ class FusedLlama:
         self.num_kv_heads = config.num_key_value_heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.eps = config.rms_norm_eps
-        (self.window,) = layer_windows(config).values()
+        (self.window,) = _windows(config)
         self.embedding = core.embed_tokens.weight
         self.rotary = core.rotary_emb
         self.norm = core.norm.weight.to(self.dtype)
@@ -175,7 +175,8 @@ class FusedLlama:
         """ids [B,N] at positions [B,N] → last hidden states [B,N,D]. The cache has been told where they go."""
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         if self.native is not None:
-            where = replace(where, visible=within_window(where.depths, where.visible, self.window))
+            if self.window is not None:
+                where = replace(where, visible=within_window(where.depths, where.visible, self.window))
             return self.native(hidden, positions, where, cache)
         with torch.cuda.device_of(hidden):  # Triton launches on the current device
             return self._layer_by_layer(hidden, positions, where, cache)
@@ -215,6 +216,12 @@ class FusedLlama:
             window=self.window,
         )
         return masked_attend(mask, self.groups)
+
+
+def _windows(config: Any) -> set[int | None]:
+    """Sliding windows of the layers; None: the whole context, as a window no shorter than that is."""
+    most = config.max_position_embeddings
+    return {None if window is None or window >= most else window for window in layer_windows(config).values()}
 
 
 def _biases(*layers: Any) -> list[Tensor]:

@@ -33,6 +33,7 @@ from medusa.heads import LogitTransform
 from medusa.tree import Tree
 from tests.tiny_models import (
     FAMILIES,
+    MAX_CONTEXT,
     make_tiny_backbone_model,
     make_tiny_tokenizer,
     save_tiny_folder,
@@ -222,7 +223,7 @@ def test_the_fused_path_declines_what_it_does_not_compute() -> None:
         assert FusedLlama.fits(make_tiny_backbone_model(family, **overrides))
     for family, field in (("llama", "attention_bias"), ("llama", "mlp_bias"), ("qwen3", "attention_bias")):
         assert not FusedLlama.fits(make_tiny_backbone_model(family, **{field: True}))
-    assert not FusedLlama.fits(
-        make_tiny_backbone_model("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1)
-    ), "layers that see differently"
+    for window, fits in ((6, False), (MAX_CONTEXT - 1, False), (MAX_CONTEXT, True)):
+        some = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+        assert FusedLlama.fits(make_tiny_backbone_model("qwen2", **some)) is fits, "do its layers see alike?"
     assert not FusedLlama.fits(make_tiny_backbone_model("gemma2"))
