@@ -98,7 +98,7 @@ def masked_attend(mask: Tensor, groups: int) -> Attend:
     return attend
 
 
-def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None = None) -> Attend:
+def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None) -> Attend:
     """Attention of a step without a mask of the context: see `tree_attention_triton`. Shapes as in `step_mask`."""
     from medusa import tree_attention_triton  # Triton is where CUDA builds of torch are
 

@@ -146,7 +146,7 @@ def tree_attention(
     offsets: Tensor,
     visible: Tensor,
     *,
-    depths: Tensor | None = None,
+    depths: Tensor,
     window: int | None = None,
     scale: float | None = None,
     num_pieces: int | None = None,
@@ -166,7 +166,9 @@ def tree_attention(
             f"Triton attention computes in float32, bfloat16 or float16, got {query.dtype}; use gpu_kernels='torch'"
         )
     assert num_rows % num_nodes == 0 and visible.dtype == torch.bool
-    assert keys.stride(3) == values.stride(3) == visible.stride(2) == 1, "read along the last dimension"
+    assert keys.stride(3) == values.stride(3) == visible.stride(2) == depths.stride(1) == 1, (
+        "read along the last dimension"
+    )
     query = query.contiguous()
     exact = query.dtype == torch.float32
     head = max(16, triton.next_power_of_2(size))
@@ -185,8 +187,6 @@ def tree_attention(
         batch, num_nodes, num_heads * (num_rows // num_nodes), size, dtype=query.dtype, device=query.device
     )
     seen = visible.view(torch.uint8)
-    assert (window is None) or (depths is not None and depths.stride(1) == 1)
-    depths = offsets[:, None] if depths is None else depths  # not read without a window
     _pieces[(batch * num_heads, row_blocks, pieces)](
         query, keys, values, offsets, seen, partial, most, total, scale or size**-0.5,
         num_heads, num_rows, num_nodes, size, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],

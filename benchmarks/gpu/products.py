@@ -169,7 +169,7 @@ class Layer:
             return torch.randn(outputs, inputs, device=device).mul_(inputs**-0.5).to(dtype)
 
         return Layer(
-            gains=torch.ones(2, size, device=device, dtype=dtype),
+            gains=1 + draw(2, size),
             query_key_value=draw(size + 2 * keys, size), out=draw(size, size),
             gate_up=draw(2 * inner, size), down=draw(size, inner),
         )  # fmt: skip
@@ -183,11 +183,11 @@ def by_library(layers: Sequence[Layer], hidden: Tensor) -> Tensor:
     """hidden [M,D] through the layers as decoding does it now: cuBLAS's products, our kernels between them."""
     size = hidden.shape[1]
     normed = llama_triton.norm(hidden, layers[0].gains[0], EPS)
-    for layer in layers:
+    for layer, after in zip(layers, [*layers[1:], layers[0]], strict=True):  # behind the last nothing reads the norm
         queries = F.linear(normed, layer.query_key_value)[:, :size].contiguous()
         hidden, normed = llama_triton.add_norm(hidden, F.linear(queries, layer.out), layer.gains[1], EPS)
         moved = F.linear(llama_triton.gated(F.linear(normed, layer.gate_up)), layer.down)
-        hidden, normed = llama_triton.add_norm(hidden, moved, layer.gains[0], EPS)
+        hidden, normed = llama_triton.add_norm(hidden, moved, after.gains[0], EPS)
     return hidden
 
 
@@ -195,24 +195,27 @@ def by_own(layers: Sequence[Layer], hidden: Tensor, blocks: dict[Part, Blocks]) 
     """The same by products that do what lies between them."""
     size = hidden.shape[1]
     for layer in layers:
-        joined = product(hidden, layer.query_key_value, blocks["query_key_value"], gain=layer.gains[0])
-        hidden = product(joined[:, :size].contiguous(), layer.out, blocks["out"], residual=hidden)
-        inner = product(hidden, layer.gate_up, blocks["gate_up"], gain=layer.gains[1], gated=True)
-        hidden = product(inner, layer.down, blocks["down"], residual=hidden)
+        joined = own_product(layer, "query_key_value", hidden, hidden, blocks["query_key_value"])
+        hidden = own_product(layer, "out", joined[:, :size].contiguous(), hidden, blocks["out"])
+        inner = own_product(layer, "gate_up", hidden, hidden, blocks["gate_up"])
+        hidden = own_product(layer, "down", inner, hidden, blocks["down"])
     return hidden
+
+
+def own_product(layer: Layer, part: Part, x: Tensor, hidden: Tensor, blocks: Blocks) -> Tensor:
+    """That product of x with what belongs to it: the norm before, the gate, or the sum with `hidden`."""
+    weight: Tensor = getattr(layer, part)
+    if part == "query_key_value":
+        return product(x, weight, blocks, gain=layer.gains[0])
+    if part == "gate_up":
+        return product(x, weight, blocks, gain=layer.gains[1], gated=True)
+    return product(x, weight, blocks, residual=hidden)
 
 
 def one_part(layers: Sequence[Layer], part: Part, hidden: Tensor, inner: Tensor, blocks: Blocks) -> None:
     """That product alone, of every layer in turn: more weights than a cache holds."""
     for layer in layers:
-        if part == "query_key_value":
-            product(hidden, layer.query_key_value, blocks, gain=layer.gains[0])
-        elif part == "out":
-            product(hidden, layer.out, blocks, residual=hidden)
-        elif part == "gate_up":
-            product(hidden, layer.gate_up, blocks, gain=layer.gains[1], gated=True)
-        else:
-            product(inner, layer.down, blocks, residual=hidden)
+        own_product(layer, part, inner if part == "down" else hidden, hidden, blocks)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, *, repeats: int) -> float:

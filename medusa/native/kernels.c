@@ -752,8 +752,9 @@ static void soften(const Block *b, const uint8_t *visible, float *weights, float
     Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum = {0};
     for (int64_t t = 0; t < b->span; t++) {
         Four score = *(const AnyFour *)(weights + t * QUERIES) * scale;
-        for (int q = 0; t < b->all_see && q < QUERIES; q++)
-            if (t < b->begins[q]) score[q] = -INFINITY;
+        if (t < b->all_see)
+            for (int q = 0; q < QUERIES; q++)
+                if (t < b->begins[q]) score[q] = -INFINITY;
         if (t >= b->prefix)
             for (int q = 0; q < QUERIES; q++)
                 if (!visible[b->node[q] * b->num_new + t - b->prefix]) score[q] = -INFINITY;

@@ -114,7 +114,7 @@ class NativeLlama:
         groups: int,
         head_dim: int,
         eps: float,
-        window: int | None = None,
+        window: int | None,
     ) -> None:
         self._held = (list(layers), norm, cos.contiguous(), sin.contiguous())  # the kernels know their addresses only
         self._layers = (CLayer * len(layers))(*(layer.c() for layer in layers))

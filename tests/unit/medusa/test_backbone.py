@@ -128,7 +128,7 @@ def test_layers_that_tree_attention_does_not_know_are_refused(field: str, value:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rotary_frequencies_are_the_models_own_in_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Rounded to 16 bits they would turn position 8,000 by up to 16 radians too much or too little."""
+    """Rounded to 16 bits they would turn far positions by other angles."""
     folder = save_tiny_folder(tmp_path / "llama", "llama", head_dim=64)
     buffers = dict(load_backbone(folder, dtype=dtype).model.named_buffers())
     wanted = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_buffers())

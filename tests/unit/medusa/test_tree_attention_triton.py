@@ -100,7 +100,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 def test_float64_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"float16, got torch\.float64"):
-        kernels.tree_attention(*case(1, 16, [3], TREE, torch.float64))
+        attended(*case(1, 16, [3], TREE, torch.float64))
 
 
 @pytest.mark.parametrize("window", [None, 2, 6])
