@@ -21,7 +21,7 @@ from medusa.errors import BackboneError
 from medusa.triton_support import has_triton
 
 IMPLEMENTATION = "medusa_tree"
-GpuKernels = Literal["torch", "triton"]
+GpuKernels = Literal["torch", "triton", "fused"]
 MAX_TRITON_NODES = 256  # longer chunks of prompts are few: the masked kernel reads them
 # Query with its groups folded into its rows [B,H/G,G·N,E], keys and values [B,H/G,S,E] → node by node [B,N,H,E].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,10 +79,12 @@ def parse_gpu_kernels(name: str | None, device: torch.device, dtype: torch.dtype
         return "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "torch"
     if name not in get_args(GpuKernels):
         raise ValueError(f"unknown gpu_kernels {name!r}; choose one of {', '.join(get_args(GpuKernels))}")
-    if name == "triton" and device.type != "cuda":
-        raise ValueError(f"gpu_kernels 'triton' needs a CUDA GPU, got device {device}; use 'torch'")
-    if name == "triton" and dtype == torch.float64:
-        raise ValueError("gpu_kernels 'triton' computes in float32 or less, got float64; use 'torch'")
+    if name != "torch" and device.type != "cuda":
+        raise ValueError(f"gpu_kernels {name!r} needs a CUDA GPU, got device {device}; use 'torch'")
+    if name != "torch" and dtype == torch.float64:
+        raise ValueError(f"gpu_kernels {name!r} computes in float32 or less, got float64; use 'torch'")
+    if name == "fused" and dtype == torch.float16:
+        raise ValueError("gpu_kernels 'fused' would overflow in float16; use 'triton', or bfloat16")
     return name  # type: ignore[return-value]
 
 
@@ -98,7 +100,9 @@ def masked_attend(mask: Tensor, groups: int) -> Attend:
     return attend
 
 
-def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None) -> Attend:
+def triton_attend(
+    offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None, *, overlap: bool = False
+) -> Attend:
     """Attention of a step without a mask of the context: see `tree_attention_triton`. Shapes as in `step_mask`."""
     from medusa import tree_attention_triton  # Triton is where CUDA builds of torch are
 
@@ -109,6 +113,7 @@ def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int 
         visible=visible,
         depths=depths.expand(len(offsets), -1),
         window=window,
+        overlap=overlap,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -21,6 +22,16 @@ from medusa.native.linear import PackedWeight, has_tiles
 
 Linear = Callable[[Tensor], Tensor]
 TYPICAL_ROWS = 16  # what oneDNN lays a weight out for: a step's nodes
+
+
+@dataclass(frozen=True)
+class PlainProduct:
+    """PyTorch's own product with a weight that stays as it is."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class Kernel(Enum):
@@ -44,7 +55,7 @@ class Kernel(Enum):
             return PackedWeight.of(weight, int8=self is Kernel.NATIVE_INT8)
         if self is Kernel.FBGEMM:
             return _fbgemm(weight)
-        return lambda x: F.linear(x, weight)
+        return PlainProduct(weight)
 
 
 NATIVE = (Kernel.NATIVE, Kernel.NATIVE_INT8)

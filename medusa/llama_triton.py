@@ -15,14 +15,17 @@ from torch import Tensor
 
 from medusa.kv_cache import KVCache
 from medusa.llama_torch import HeadEdits
+from medusa.overlap_triton import launch_options, wait_for_previous
 
 WIDTH = 1024  # elements of a program of `gated`
 HEADS = 4  # heads of a program of `rotate_into`
 
 
 @triton.jit
-def _norm(hidden, update, weight, summed, normed, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(hidden, update, weight, summed, normed, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr,
+          OVERLAP: tl.constexpr):  # fmt: skip
     """One row: its sum with the update where there is one, stored, and the norm of that."""
+    wait_for_previous(OVERLAP)
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < size
     x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
@@ -49,9 +52,11 @@ def _gate(gate_up, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(qkv, bias, gains, cos, sin, offsets, query, keys, values, num_new, num_kv, groups, half, stride_slot,
-            stride_head, eps, BIAS: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+            stride_head, eps, BIAS: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+            OVERLAP: tl.constexpr):  # fmt: skip
     """Some heads of one new position: query heads to the query, key heads to the cache, both turned, and with NORM normed
     before; value heads as they are. `keys` and `values` begin at the first row's slot."""
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     sequence, new = token // num_new, token % num_new
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
@@ -98,10 +103,10 @@ def _rotate(qkv, bias, gains, cos, sin, offsets, query, keys, values, num_new, n
     tl.store(target + half, plain_high.to(values.dtype.element_ty), mask=is_value)
 
 
-def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `llama_torch.norm`."""
+def norm(hidden: Tensor, weight: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
+    """As `llama_torch.norm`; for `overlap` see `overlap_triton`."""
     hidden = hidden.contiguous()
-    return _normed(hidden, None, hidden, weight, eps)
+    return _normed(hidden, None, hidden, weight, eps, overlap=overlap)
 
 
 def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -111,12 +116,14 @@ def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tupl
     return summed, _normed(hidden, update.contiguous(), summed, weight, eps)
 
 
-def _normed(hidden: Tensor, update: Tensor | None, summed: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(
+    hidden: Tensor, update: Tensor | None, summed: Tensor, weight: Tensor, eps: float, *, overlap: bool = False
+) -> Tensor:
     normed, size = torch.empty_like(hidden), hidden.shape[-1]
     block = triton.next_power_of_2(size)
     _norm[(hidden.numel() // size,)](
         hidden, hidden if update is None else update, weight, summed, normed, eps, size, ADD=update is not None,
-        BLOCK=block, num_warps=min(16, max(1, block // 256)),
+        BLOCK=block, OVERLAP=overlap, num_warps=min(16, max(1, block // 256)), **launch_options(overlap),
     )  # fmt: skip
     return normed
 
@@ -138,8 +145,9 @@ def rotate_into(
     *,
     groups: int,
     edits: HeadEdits,
+    overlap: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `llama_torch.rotate_into`."""
+    """As `llama_torch.rotate_into`; for `overlap` see `overlap_triton`."""
     batch, num_new, size = cos.shape
     num_kv = qkv.shape[-1] // size // (groups + 2)
     keys, values = cache.seen(layer)
@@ -150,6 +158,6 @@ def rotate_into(
         qkv.contiguous(), cos if edits.bias is None else edits.bias, cos if edits.gains is None else edits.gains,
         cos.contiguous(), sin.contiguous(), cache.offsets, query, keys, values, num_new, num_kv, groups, half,
         keys.stride(0), keys.stride(1), edits.eps, BIAS=edits.bias is not None, NORM=edits.gains is not None, HEADS=HEADS,
-        HALF=triton.next_power_of_2(half), num_warps=1,
+        HALF=triton.next_power_of_2(half), OVERLAP=overlap, num_warps=1, **launch_options(overlap),
     )  # fmt: skip
     return query, keys, values

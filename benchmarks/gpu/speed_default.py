@@ -1,7 +1,8 @@
-"""`python -m benchmarks.gpu.speed_default`: a model's tree beside its own plain decoding, at several batch sizes, greedily.
+"""`python -m benchmarks.gpu.speed_default`: a model's trees beside its own plain decoding, at several batch sizes, greedily.
 
 Both replay CUDA graphs where there is a GPU. Each repeat runs every contender within the same minute, in an order that
-rotates, and ratios are taken inside one repeat. "adaptive" chooses its nodes by step times that are measured first.
+rotates, and ratios are taken inside one repeat. "adaptive" chooses its nodes, of the first tree, by step times that are
+measured first.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from benchmarks.machine import describe_machine
 from benchmarks.prompts import built_in, read_prompts
 from benchmarks.report import Grid, save
 from medusa.config import SamplingParams
+from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine, Request
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
+from medusa.tree import Tree
 from medusa.tree_policy import fit_policy
 
-PLAIN, TREE, ADAPTIVE = "plain", "tree", "adaptive"
+PLAIN, ADAPTIVE = "plain", "adaptive"
 BATCHES = (1, 16, 64)
 ROUNDS = 2  # prompts for each slot, so that batches stay full while answers end
 
@@ -70,20 +73,19 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], *, max_tokens: int)
 
 
 def engines(
-    model: Model, *, batch: int, context_length: int, nodes: int | None, policy_s: float, graphs: bool
+    model: Model, trees: Sequence[Tree | DynamicTree], *, batch: int, context_length: int, policy_s: float, graphs: bool
 ) -> dict[str, Engine]:
     """Plain first; "adaptive" where it is known how often the heads are right."""
 
-    def make(heads: bool) -> Engine:
-        tree = choose_trees(model, [nodes] if nodes else [])[0] if heads else None
+    def make(tree: Tree | DynamicTree | None) -> Engine:
         return Engine(
-            model.backbone, model.heads if heads else None, tree=tree, max_batch_size=batch,
+            model.backbone, model.heads if tree else None, tree=tree, max_batch_size=batch,
             context_length=context_length, graphs=graphs,
         )  # fmt: skip
 
-    made = {PLAIN: make(False), TREE: make(True)}
+    made = {PLAIN: make(None), **{str(tree): make(tree) for tree in trees}}
     if model.checkpoint is not None and model.checkpoint.accuracy is not None:
-        made[ADAPTIVE] = make(True)
+        made[ADAPTIVE] = make(trees[0])
         made[ADAPTIVE].policy = fit_policy(made[ADAPTIVE].decoder, model.checkpoint.accuracy, budget_s=policy_s)
     return made
 
@@ -134,9 +136,11 @@ def main(
     heads: Annotated[str, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "auto",
-    kernel: Annotated[str | None, typer.Option(help="torch or triton; the model's own choice without")] = None,
+    kernel: Annotated[str | None, typer.Option(help="torch, triton or fused; the model's own choice without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 16, 64 without")] = None,
-    nodes: Annotated[int | None, typer.Option(min=2, help="of the tree; the checkpoint's own without")] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="nodes or dynamic:N; repeat it; the heads' own without")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of messages, turns or prompt; built-in without")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first N prompts")] = None,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
@@ -145,15 +149,16 @@ def main(
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="CUDA graphs, or kernel by kernel")] = True,
     output: Annotated[Path, typer.Option(help="folder of the .md and .json")] = RESULTS,
 ) -> None:
-    """Measure a tree against plain decoding."""
+    """Measure trees against plain decoding."""
     machine = describe_machine("benchmarks.gpu.speed_default")
     rows = read_prompts(prompts, limit=limit) if prompts else built_in()[:limit]
     model = medusa.load(backbone, heads=heads, device=device, dtype=dtype, gpu_kernels=kernel)  # type: ignore[arg-type]
+    trees = choose_trees(model, tree or [])
     encoded = [model.encode(list(row.messages)) for row in rows]
     room = min(max(map(len, encoded)) + max_tokens, model.backbone.max_context)
     figures: dict[int, dict[str, Figures]] = {}
     for size in batch or BATCHES:
-        made = engines(model, batch=size, context_length=room, nodes=nodes, policy_s=policy_s, graphs=graphs)
+        made = engines(model, trees, batch=size, context_length=room, policy_s=policy_s, graphs=graphs)
         asked = encoded if size == 1 else list(islice(cycle(encoded), ROUNDS * size))
         figures[size] = figures_of(compare(made, asked, max_tokens=max_tokens, repeats=repeats))
         grid(size, figures[size]).show(console)

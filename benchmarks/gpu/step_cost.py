@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.step_cost`: what a step costs by nodes and batch, at a known model's shapes, weights random.
 
 Answers three questions: what share of the memory's bandwidth plain decoding uses, what a tree adds to it, and which
-kernels are faster, PyTorch's or ours, in what lies between the products. Steps are timed on the host, from one result to the
-next: nothing is left out.
+kernels are faster, PyTorch's or ours, between the products or products as well. Steps are timed on the host, from one result to
+the next: nothing is left out.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main(
     shapes: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "vicuna-7b",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
-    kernel: Annotated[list[str] | None, typer.Option(help="torch, triton; repeat it; both without, on CUDA")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="torch, triton, fused; repeat it; all on CUDA without")
+    ] = None,
     lm_heads: Annotated[list[str] | None, typer.Option(help="shared, own; repeat it; both without")] = None,
     nodes: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1 to 64 without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 4, 16, 64 without")] = None,
@@ -159,8 +161,8 @@ def main(
     measured: list[Measured] = []
     shares: dict[str, dict[int, float]] = {}
     backbone = random_backbone(shapes, device=where, dtype=parse_dtype(dtype))
-    kernels = kernel or (["torch", "triton"] if where.type == "cuda" else ["torch"])
-    for chosen in [parse_gpu_kernels(name, where) for name in kernels]:
+    kernels = kernel or (get_args(GpuKernels) if where.type == "cuda" else ["torch"])
+    for chosen in [parse_gpu_kernels(name, where, backbone.dtype) for name in kernels]:
         for kind in [parse_lm_heads(name) for name in lm_heads or ["shared", "own"]]:
             one = measure(
                 backbone,

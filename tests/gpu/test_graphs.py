@@ -6,13 +6,13 @@ Needs CUDA; runs from medusa/ alone. `engine_answers` runs on a CPU too, where g
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from medusa.attention import step_mask
+from medusa.attention import GpuKernels, step_mask
 from medusa.config import HeadKind, SamplingParams
 from medusa.decoder import Decoder
 from medusa.dynamic_tree import DynamicTree
@@ -91,11 +91,12 @@ def test_graphs_decode_what_the_cpu_decodes(scheme: str) -> None:
     assert engine_answers("cuda", scheme=scheme) == engine_answers("cpu", scheme=scheme)
 
 
+@pytest.mark.parametrize("kernel", get_args(GpuKernels))
 @pytest.mark.parametrize("scheme", ["greedy", "rejection", "typical"])
-def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str) -> None:
+def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str, kernel: str) -> None:
     """The same kernels run either way, so bfloat16 agrees with itself; near-ties may part it from float32."""
     low, eager, high = (
-        engine_answers("cuda", scheme=scheme, dtype=dtype, graphs=graphs)
+        engine_answers("cuda", scheme=scheme, dtype=dtype, graphs=graphs, kernel=kernel)
         for dtype, graphs in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True))
     )
     same_shapes = [a == b for a, b in zip(low, eager, strict=True)]
@@ -105,14 +106,23 @@ def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str) -
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("scheme", ["greedy", "rejection", "typical"])
-def test_the_triton_kernel_decodes_what_the_masked_one_decodes(scheme: str, family: str) -> None:
+def test_all_kernels_decode_the_same(scheme: str, family: str) -> None:
     pytest.importorskip("triton")
     for tree in TREES:
         answers = [
             engine_answers("cuda", family=family, tree=tree, scheme=scheme, kernel=kernel)
-            for kernel in ("torch", "triton")
+            for kernel in get_args(GpuKernels)
         ]
-        assert answers[0] == answers[1]
+        assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_kernels_that_overlap_decode_the_same_replayed_and_one_by_one(family: str) -> None:
+    """Each starts before the one before it has ended: what it reads must be there all the same, time and again."""
+    pytest.importorskip("triton")
+    eager = engine_answers("cuda", family=family, kernel="fused", graphs=False)
+    for _ in range(5):
+        assert engine_answers("cuda", family=family, kernel="fused") == eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

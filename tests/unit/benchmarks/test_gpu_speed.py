@@ -67,12 +67,14 @@ def test_a_tree_is_set_beside_plain_decoding(tiny_folder: Path, tmp_path: Path) 
     )  # fmt: skip
     few = ["--max-tokens", "6", "--repeats", "1", "--policy-s", "0"]
     options = ["--backbone", str(tiny_folder), "--heads", str(heads), "--batch", "1", "--batch", "2", "--limit", "2"]
-    record, page = run(speed_default.main, tmp_path / "out", *options, *few)
+    trees = ["--tree", "4", "--tree", "dynamic:3"]
+    record, page = run(speed_default.main, tmp_path / "out", *options, *trees, *few)
     assert set(record["figures"]) == {"1", "2"}
     for own in record["figures"].values():
-        assert set(own) == {"plain", "tree", "adaptive"} and own["plain"]["against_plain"]["median"] == 1
-        tree = own["tree"]
-        assert tree["num_identical"] == tree["num_answers"] > 1 and tree["acceleration_rate"] >= 1
+        assert set(own) == {"plain", "tree of 4", "dynamic tree of 3", "adaptive"}
+        assert own["plain"]["against_plain"]["median"] == 1
+        for tree in own.values():
+            assert tree["num_identical"] == tree["num_answers"] > 1 and tree["acceleration_rate"] >= 1
     assert "2 sequences" in page
 
 
@@ -81,7 +83,9 @@ def test_what_cannot_be_had_here_is_refused_by_name() -> None:
         random_backbone("llama", device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs a CUDA GPU, got device cpu; use 'torch'"):
         parse_gpu_kernels("triton", CPU)
-    with pytest.raises(ValueError, match="unknown gpu_kernels 'flash'; choose one of torch, triton"):
+    with pytest.raises(ValueError, match="'fused' would overflow in float16; use 'triton', or bfloat16"):
+        parse_gpu_kernels("fused", torch.device("cuda"), torch.float16)
+    with pytest.raises(ValueError, match="unknown gpu_kernels 'flash'; choose one of torch, triton, fused"):
         parse_gpu_kernels("flash", CPU)
 
 

@@ -26,11 +26,10 @@ from transformers import (
 import medusa
 from medusa.adapters import Adapters
 from medusa.attention import layer_windows
-from medusa.backbone import Backbone, Placement, load_backbone
+from medusa.backbone import Backbone, load_backbone
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
-from medusa.tree import Tree
 from tests.tiny_models import (
     FAMILIES,
     MAX_CONTEXT,
@@ -39,7 +38,7 @@ from tests.tiny_models import (
     save_tiny_folder,
     with_drawn_vectors,
 )
-from tests.unit.medusa.tiny import chain_placement
+from tests.unit.medusa.tiny import FUSED, logits_of_prompt_and_tree
 
 SMALL: dict[str, Any] = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
 
@@ -146,17 +145,6 @@ def test_sources_that_do_not_exist_get_one_line(tmp_path: Path) -> None:
         load_backbone(tmp_path, dtype="int3")
 
 
-FUSED: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
-    ("mistral", {"sliding_window": None}),
-    ("mistral", {"sliding_window": 3}),  # which hides nodes of a tree from each other
-    ("mistral", {"sliding_window": 8}),
-    ("qwen2", {}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
-    ("qwen3", {}),
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("family", "overrides"), FUSED)
 def test_the_fused_path_equals_the_generic_one(family: str, overrides: dict[str, Any], dtype: torch.dtype) -> None:
@@ -168,22 +156,12 @@ def test_the_fused_path_equals_the_generic_one(family: str, overrides: dict[str,
     fused = Backbone(model=model, tokenizer=make_tiny_tokenizer(), name="llama", fused=FusedLlama(model))
     all_three = (fused, generic, exact)
     ids = torch.randint(0, 300, (2, 9))
-    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]).on(torch.device("cpu"))
-    prompt = chain_placement(9, batch=2)
-    behind = Placement(
-        first_slot=0, offsets=torch.tensor([9, 5]), depths=tree.depths, visible=tree.ancestor_mask, length=24
-    )
-    caches = [b.new_cache(num_slots=2, capacity=32) for b in all_three]
-    with torch.inference_mode():
-        for part, where in ((ids, prompt), (ids[:, :7].flip(1), behind)):
-            hidden = [b.step(part, where, cache) for b, cache in zip(all_three, caches, strict=True)]
-            logits = [b.logits(h).double() for b, h in zip(all_three, hidden, strict=True)]
-            assert logits[0].shape == (*part.shape, generic.vocab_size)
-            if dtype == torch.float32:
-                torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
-            else:
-                ours, theirs = ((x - logits[2]).norm() / logits[2].norm() for x in logits[:2])
-                assert ours <= 2 * theirs + 1e-4
+    for logits in zip(*(logits_of_prompt_and_tree(backbone, ids) for backbone in all_three), strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+        else:
+            ours, theirs = ((x - logits[2]).norm() / logits[2].norm() for x in logits[:2])
+            assert ours <= 2 * theirs + 1e-4
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -73,3 +73,30 @@ def chain_placement(length: int, *, first_slot: int = 0, batch: int = 1, offset:
         visible=steps[:, None] >= steps,
         length=offset + length + room,
     )
+
+
+# Models that the fused path computes, whose heads it edits or hides positions from.
+FUSED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 3}),  # which hides nodes of a tree from each other
+    ("mistral", {"sliding_window": 8}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
+    ("qwen3", {}),
+]
+
+
+@torch.inference_mode()
+def logits_of_prompt_and_tree(backbone: Backbone, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Two prompts `ids` [2,9], then a tree behind prefixes of different lengths: logits of both in float64."""
+    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]).on(backbone.device)
+    with backbone.device:
+        prompt, offsets = chain_placement(9, batch=2), torch.tensor([9, 5])
+    behind = Placement(first_slot=0, offsets=offsets, depths=tree.depths, visible=tree.ancestor_mask, length=24)
+    cache = backbone.new_cache(num_slots=2, capacity=32)
+    logits = []
+    for part, where in ((ids, prompt), (ids[:, :7].flip(1), behind)):
+        logits.append(backbone.logits(backbone.step(part.to(backbone.device), where, cache)).double())
+        assert logits[-1].shape == (*part.shape, backbone.vocab_size)
+    return logits
