@@ -511,13 +511,22 @@ def _find(path: Path) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML, {_place_and_problem(error)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text; a date that is none
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got a {type(tree).__name__}")
     return tree
+
+
+def _place_and_problem(error: yaml.MarkedYAMLError) -> str:
+    """Without what stands there, which may be a key or a password: PyYAML quotes the line, and names in its problem."""
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1} column {mark.column + 1}: "
+    return place + re.sub(r" '[^'<]{2,}'", "", error.problem or error.context or "it does not parse")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -528,7 +537,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {without_credentials(repr(override))} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date that is none
         value = text
     node = tree
     for depth, part in enumerate(parts[:-1]):

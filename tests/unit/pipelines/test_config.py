@@ -115,6 +115,30 @@ def test_a_bad_file_is_one_line(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("experiment: SECRET: x", "line 2 column 21: mapping values are not allowed here"),
+        ('experiment: "SECRET', "line 3 column 1: found unexpected end of stream"),
+        ("experiment: *SECRET", "line 2 column 15: found undefined alias"),
+        ("experiment: !SECRET x", "line 2 column 15: could not determine a constructor for the tag"),
+        ("experiment: [SECRET, b c: d: e]", "line 2 column"),
+        ("experiment: 2026-99-99", "month must be in 1..12"),
+    ],
+)
+def test_a_file_that_does_not_parse_is_told_by_place_and_not_quoted(line: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"registry:\n  {line}\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML") as caught:
+        load_config(file)
+    assert told in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_value_that_looks_like_a_date_and_is_none_is_text() -> None:
+    assert load_config(None, ["registry.experiment=2026-99-99"]).registry.experiment == "2026-99-99"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
