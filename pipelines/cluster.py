@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from medusa.errors import MedusaError
 from pipelines.capacity import Need, require
 from pipelines.config import Config
-from pipelines.credentials import one_line
+from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import full_disk
 from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
@@ -63,8 +63,8 @@ def cluster_address(config: Config) -> str | None:
     if address is not None and "://" in address:
         name = "ray.address" if setting else "RAY_ADDRESS"
         raise ConfigError(
-            f"{name}={address} is not a node of a cluster: give host:port, auto or local as ray.address, or submit with "
-            "`ray job submit --working-dir . -- python -m pipelines.run …`"
+            f"{name}={without_credentials(address)} is not a node of a cluster: give host:port, auto or local as "
+            "ray.address, or submit with `ray job submit --working-dir . -- python -m pipelines.run …`"
         )
     return address
 

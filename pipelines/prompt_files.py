@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError
 
 # Reads one record when called; ValueError where it cannot be read, RecursionError where it is nested too deeply.
@@ -99,19 +100,19 @@ class PromptFile:
 
     def _damaged(self, error: Exception) -> ConfigError:
         kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(_suffix(self.path), "JSONL")
-        reason = " ".join(str(error).split())
-        return ConfigError(f"{self.name} is not a {kind} file that can be read: {reason:.200}")
+        return ConfigError(f"{self.name} is not a {kind} file that can be read: {one_line(error)}")
 
 
 def find_files(source: str, filesystem: pafs.FileSystem | None = None) -> list[PromptFile]:
     """The files of one source, in order of their paths. `filesystem` is for a path that stands within one already.
 
-    Raises ConfigError where there is no file, or none of a known format.
+    Raises ConfigError, which tells no password of a URI, where there is no file, or none of a known format.
     """
+    shown = without_credentials(source)
     root, wild, pattern = _split(source)
     given = filesystem is not None
     if filesystem is None:
-        filesystem, path = _filesystem(root, source)
+        filesystem, path = _filesystem(root, shown)
     else:
         path = root
     prefix = "" if given or "://" not in source else source.partition("://")[0] + "://"
@@ -128,10 +129,10 @@ def find_files(source: str, filesystem: pafs.FileSystem | None = None) -> list[P
             found = [path] if filesystem.get_file_info(path).type != pafs.FileType.NotFound else []
         paths = list(itertools.chain.from_iterable(_open_folder(filesystem, one) for one in sorted(found)))
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{source} cannot be listed: {' '.join(str(error).split()):.200}") from None
+        raise ConfigError(f"{shown} cannot be listed: {one_line(error)}") from None
     if not paths:
         what = "nothing there is .jsonl, .json, .parquet or .arrow" if found else "nothing is there"
-        raise ConfigError(f"no prompts file at {source}: {what}; give a file, a folder or a glob, or null for ours")
+        raise ConfigError(f"no prompts file at {shown}: {what}; give a file, a folder or a glob, or null for ours")
     return [named(path) for path in dict.fromkeys(paths)]
 
 
@@ -144,17 +145,16 @@ def _split(source: str) -> tuple[str, bool, str]:
     return source[: max(cut, 0)] or ("/" if cut == 0 else "."), True, source[cut + 1 :]
 
 
-def _filesystem(root: str, source: str) -> tuple[pafs.FileSystem, str]:
+def _filesystem(root: str, shown: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in root:
-        if "://" in source:
-            raise ConfigError(f"{source} names no bucket before its first wildcard; write one")
+        if "://" in shown:
+            raise ConfigError(f"{shown} names no bucket before its first wildcard; write one")
         return pafs.LocalFileSystem(), str(Path(root).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(root)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{source} cannot be opened: {reason:.200} (known are s3://, gs://, hdfs://, file://)"
+            f"{shown} cannot be opened: {one_line(error)} (known are s3://, gs://, hdfs://, file://)"
         ) from None
     return filesystem, path
 

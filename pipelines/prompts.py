@@ -25,6 +25,7 @@ from medusa.config import MAX_TEMPERATURE
 from medusa.errors import PromptError
 from pipelines.builtin_prompts import BUILTIN, NUM_CALIBRATION, NUM_TRAIN
 from pipelines.config import EvaluateSection, PromptsSection
+from pipelines.credentials import without_credentials
 from pipelines.prompt_files import find_files
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ def read_prompts(
         report(f"{num_faults - _ALL_TOLD} more records are no prompts and left out")
     if not found:
         shapes = "messages, conversations, turns, instruction or prompt"
-        raise PromptError(f"{', '.join(sources)} holds no prompt ({first_fault}); each record must have {shapes}")
+        read_from = without_credentials(", ".join(sources))
+        raise PromptError(f"{read_from} holds no prompt ({first_fault}); each record must have {shapes}")
     return _told_apart(list(found.values()))
 
 

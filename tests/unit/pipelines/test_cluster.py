@@ -20,5 +20,5 @@ def test_the_address_of_the_jobs_api_is_told_from_that_of_a_cluster(monkeypatch:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=http://127.0.0.1:8265 is not a node .*ray job submit"):
         cluster_address(load_config(None))
-    with pytest.raises(ConfigError, match=r"ray.address=ray://head:10001 is not a node"):
-        cluster_address(load_config(None, ["ray.address=ray://head:10001"]))
+    with pytest.raises(ConfigError, match=r"ray.address=ray://\*\*\*@head:10001 is not a node"):
+        cluster_address(load_config(None, ["ray.address=ray://me:SECRET@head:10001"]))

@@ -178,6 +178,33 @@ def test_an_unknown_scheme_is_told_with_the_known_ones() -> None:
         read_prompts("s3://*/p.jsonl")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "ftp://me:SECRET@host/p.jsonl",
+        "ftp://me:SEC/SECRET@host/" + 200 * "p",
+        "s3://key:SECRET@*/p.jsonl",
+        "file://me:SECRET@/nowhere/p.jsonl",
+        "s3://key:SECRET@no bucket/p.jsonl",
+    ],
+)
+def test_a_source_is_told_of_without_its_password(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"\*\*\*@") as caught:
+        read_prompts(source)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_source_without_a_prompt_is_told_of_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"nothing": 1}\n')
+    found = find_files(str(tmp_path / "p.jsonl"))
+    monkeypatch.setattr("pipelines.prompts.find_files", lambda source: found)
+    with pytest.raises(PromptError, match=r"s3://\*\*\*@bucket/p\.jsonl holds no prompt") as caught:
+        read_prompts("s3://key:SECRET@bucket/p.jsonl")
+    assert "SECRET" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("x.parquet", "Parquet"), ("x.arrow", "Arrow"), ("x.jsonl.gz", "JSONL")])
 @pytest.mark.parametrize("damage", ["garbage", "cut off"])
 def test_a_damaged_file_is_one_line_with_its_name(name: str, kind: str, damage: str, tmp_path: Path) -> None:
