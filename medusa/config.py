@@ -88,7 +88,8 @@ class LogitBias(Mapping[int, float]):
 class SamplingParams:
     """How one request is decoded.
 
-    `acceptance` None means greedy at temperature 0 and typical above it; below MIN_TEMPERATURE every scheme is greedy.
+    `acceptance` None means greedy at temperature 0 and typical above it; below MIN_TEMPERATURE every scheme is greedy,
+    and from it on greedy contradicts the temperature: ValueError, as for every value out of its range.
     `top_k` 0 and `top_p` 1 switch those filters off. `choice` numbers the answers to one prompt (OpenAI's `n`) and, with
     `seed`, keys the noise: the same pair gives the same answer. `root` says how typical acceptance chooses the token
     that it does not accept from the tree (`greedy` is the paper's). `ignore_eos` decodes on past the end of sequence.
@@ -139,6 +140,11 @@ class SamplingParams:
             raise ValueError(f"choice must lie in [0, 2**31), got {self.choice}")
         if self.acceptance is not None and self.acceptance not in SCHEMES:
             raise ValueError(f"unknown acceptance {self.acceptance!r}; choose one of {', '.join(SCHEMES)}")
+        if self.acceptance == "greedy" and self.temperature >= MIN_TEMPERATURE:
+            raise ValueError(
+                f"acceptance 'greedy' takes the likeliest token, which no temperature changes, got temperature "
+                f"{self.temperature}; leave one of the two out"
+            )
         if not 0 < self.epsilon <= 1:
             raise ValueError(f"epsilon must lie in (0, 1], got {self.epsilon}")
         if not 0 < self.delta <= 1:

@@ -31,6 +31,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 DYNAMIC = "dynamic"
 StaticChoice = Tree | int | Sequence[Sequence[int]] | None
 TreeChoice = StaticChoice | DynamicTree | str
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,10 @@ class Model:
         return self._pieces(request, self._checked_tree([request], tree), text)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, the chat template applied; a string is one user turn. Raises PromptError."""
+        """Token ids of a prompt, the chat template applied; a string is one user turn, a developer's message the system's.
+
+        Raises PromptError, for a role too that is neither a usual one nor named in the template: many take any.
+        """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise PromptError("the prompt is empty; give some text")
@@ -134,6 +138,13 @@ class Model:
             if len(messages) > 1:
                 raise PromptError(f"backbone {self.backbone.name} has no chat template; give one text or token ids")
             return list(tokenizer(messages[0]["content"])["input_ids"])
+        template = str(tokenizer.chat_template).replace('"', "'")
+        for index, message in enumerate(messages):
+            if (role := message["role"]) not in _ROLES and f"'{role}'" not in template:
+                raise PromptError(
+                    f"message {index} has the role {role!r:.60}, which the chat template of {self.backbone.name} does not "
+                    f"know; give one of {', '.join(_ROLES)}"
+                )
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         except Exception as error:  # templates are programs of the model's author and raise what they like
@@ -294,4 +305,4 @@ def _items(prompt: Any) -> list[Any]:
 def _message(item: Any, index: int) -> Message:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
         raise PromptError(f'message {index} must be an object with text "role" and "content", got {str(item)[:80]}')
-    return item
+    return item | {"role": "system"} if item["role"] == "developer" else item

@@ -85,8 +85,9 @@ class StreamOptions(Wire):
 class GenerationRequest(Wire):
     """What a request for chat and one for a completion have in common. Null means the default, as everywhere in OpenAI's.
 
-    `temperature` is OpenAI's 1 unless given; 0 is greedy. Ours beyond OpenAI: `top_k`, `acceptance`, `epsilon`, `delta`
-    (null: the server's configuration decides), `tree_nodes` (most nodes of this request's tree), `ignore_eos`.
+    `temperature` is OpenAI's 1 unless given, 0 with greedy acceptance; 0 is greedy. Ours beyond OpenAI: `top_k`,
+    `acceptance`, `epsilon`, `delta` (null: the server's configuration decides), `tree_nodes` (most nodes of this request's
+    tree), `ignore_eos`.
     """
 
     no_ops: ClassVar[Mapping[str, tuple[Any, ...]]] = NO_OPS

@@ -16,25 +16,31 @@ def sampling_params(
     """How to decode `request`; `room` is how many tokens the context leaves for the answer, the default limit.
 
     A request without a seed gets a random one: two clients who ask the same must not get the same sample. What it
-    does not say of acceptance, the server's `settings` say. Its response_format, which takes long to compile, is left out.
+    does not say of acceptance, the server's `settings` say. Greedy acceptance without a temperature is temperature 0.
+    Its response_format, which takes long to compile, is left out. ApiError for settings that contradict each other.
     """
     _check_room(request, room)
-    return SamplingParams(
-        max_tokens=request.limit or room,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed if request.seed is not None else secrets.randbits(63),
-        acceptance=request.acceptance or settings.acceptance,
-        epsilon=request.epsilon if request.epsilon is not None else settings.epsilon,
-        delta=request.delta if request.delta is not None else settings.delta,
-        tree_nodes=request.tree_nodes,
-        ignore_eos=request.ignore_eos,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=_logit_bias(request, vocab_size),
-        logprobs=request.num_logprobs,
-    )
+    greedy = request.acceptance == "greedy" and "temperature" not in request.model_fields_set
+    bias = _logit_bias(request, vocab_size)
+    try:
+        return SamplingParams(
+            max_tokens=request.limit or room,
+            temperature=0.0 if greedy else request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            seed=request.seed if request.seed is not None else secrets.randbits(63),
+            acceptance=request.acceptance or settings.acceptance,
+            epsilon=request.epsilon if request.epsilon is not None else settings.epsilon,
+            delta=request.delta if request.delta is not None else settings.delta,
+            tree_nodes=request.tree_nodes,
+            ignore_eos=request.ignore_eos,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=bias,
+            logprobs=request.num_logprobs,
+        )
+    except ValueError as error:  # two that contradict each other: each by itself was checked with the request
+        raise bad_request(str(error), param="acceptance") from None
 
 
 def _check_room(request: GenerationRequest, room: int) -> None:

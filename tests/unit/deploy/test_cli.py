@@ -114,6 +114,8 @@ def test_sampling_options_reach_the_model(medusa_cli: Callable[..., Result], tin
         (["generate", "Hi", "--epsilon", 0], ["epsilon", "(0, 1]"]),
         (["generate", "Hi", "--epsilon", 1.5], ["epsilon", "1.5"]),
         (["generate", "Hi", "--temperature", -1], ["temperature", "-1"]),
+        (["generate", "Hi", "--temperature", 0.7, "--acceptance", "greedy"], ["'greedy'", "0.7"]),
+        (["chat", "--temperature", 0.7, "--acceptance", "greedy"], ["'greedy'", "0.7"]),
         (["generate", "Hi", "--dtype", "float7"], ["'float7'", "float32"]),
         (["generate", "Hi", "--tree", 99], ["tree", "99"]),
         (["generate", "Hi", "--tree", 2, "--plain"], ["--plain", "--tree"]),
@@ -155,6 +157,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ('{"role": "user"}', ["array of messages"]),
         ('[{"role": "user"}]', ["message 0", '"content"']),
         ('[{"role": "user", "content": 5}]', ["message 0"]),
+        ('[{"role": "wizard", "content": "Hi"}]', ["message 0", "'wizard'", "system, user"]),
     ],
 )
 def test_malformed_messages_are_named(

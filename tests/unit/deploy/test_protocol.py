@@ -196,6 +196,14 @@ def test_defaults_are_openais_so_acceptance_is_the_servers() -> None:
     assert params_of(CompletionRequest.model_validate(TEXT)).max_tokens == DEFAULT_MAX_TOKENS
 
 
+def test_greedy_acceptance_is_temperature_0_and_contradicts_any_other() -> None:
+    for silent in ({}, {"temperature": None}, {"temperature": 0}):
+        assert chat_params(acceptance="greedy", **silent).temperature == 0
+    with pytest.raises(ApiError, match=r"got temperature 0\.7; leave one of the two out") as caught:
+        chat_params(acceptance="greedy", temperature=0.7)
+    assert (caught.value.status, caught.value.param) == (400, "acceptance")
+
+
 def test_the_server_chooses_what_a_request_leaves_open() -> None:
     settings = {"acceptance": "rejection", "epsilon": 0.2, "delta": 0.4}
     silent = params_of(ChatRequest.model_validate(CHAT), **settings)

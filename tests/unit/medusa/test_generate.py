@@ -59,9 +59,22 @@ def test_text_messages_and_ids_are_the_same_prompt(model: medusa.Model) -> None:
     assert [g.token_ids for g in model.generate([messages, "hello"], max_tokens=6)] == [want, want]
 
 
+def test_roles_are_the_usual_ones_and_those_that_the_template_names(
+    model: medusa.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(role: str) -> list[int]:
+        return model.encode([{"role": role, "content": "be brief"}, {"role": "user", "content": "hello"}])
+
+    assert ask("developer") == ask("system") != ask("tool")
+    tokenizer = model.backbone.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", f'{{# "wizard" #}}{tokenizer.chat_template}')
+    assert ask("wizard")
+
+
 @pytest.mark.parametrize("acceptance", ["greedy", "typical", "rejection"])
 def test_every_scheme_is_reachable_and_streams_what_it_generates(model: medusa.Model, acceptance: str) -> None:
-    settings = dict(max_tokens=15, temperature=0.8, acceptance=acceptance, seed=5, tree=4)
+    temperature = 0.0 if acceptance == "greedy" else 0.8
+    settings = dict(max_tokens=15, temperature=temperature, acceptance=acceptance, seed=5, tree=4)
     whole = model.generate("hello", **settings)
     chunks = list(model.stream("hello", **settings))
     assert "".join(chunks) == whole.text
@@ -195,6 +208,8 @@ def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medu
         ("hello", {"stop": 5}, "stop must be a text or several, got 5"),
         ([{"role": "user"}], {}, "message 0"),
         ([{"role": "user", "content": "a"}, "b"], {}, "message 1"),
+        ([{"role": "wizard", "content": "a"}], {}, "message 0 has the role 'wizard', .* give one of system, user"),
+        ("hello", {"temperature": 0.7, "acceptance": "greedy"}, r"'greedy' .* got temperature 0\.7; leave one"),
         ([5, 400], {"max_tokens": 2}, "token id 400"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa.acceptance import accept
-from medusa.config import SCHEMES, SamplingParams
+from medusa.config import SamplingParams
 from medusa.sampling import SamplingRows, draw, filter_logits, gumbel_noise
 from medusa.tree import Tree
 
@@ -120,9 +120,9 @@ def test_temperature_sharpens_and_zero_is_the_argmax() -> None:
     assert (many_draws(logits, SamplingParams(temperature=0.0, acceptance="rejection"), 5) == 1).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [None, "typical", "rejection"])
 @pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-6, 1e-5])
-def test_a_temperature_next_to_zero_is_the_argmax_too(temperature: float, scheme: str) -> None:
+def test_a_temperature_next_to_zero_is_the_argmax_too(temperature: float, scheme: str | None) -> None:
     params = SamplingParams(temperature=temperature, acceptance=scheme, top_k=3)  # type: ignore[arg-type]
     assert draw(torch.tensor([[1.0, 3.0, 20.0, 5.0]]), rows_of(params), torch.tensor([4])).item() == 2
 
