@@ -14,7 +14,7 @@ from typing import Protocol
 from medusa.errors import MedusaError
 from pipelines.config import Config
 from pipelines.credentials import without_credentials
-from pipelines.registry import CHAMPION, Registry, Version, open_registry
+from pipelines.registry import CHAMPION, Registry, Version, has_registry, open_registry
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,6 @@ class RegistrySource:
     def fetch(self, version: Version) -> Version:
         assert self._registry is not None
         return self._registry.fetch(version)
-
-
-def has_registry(config: Config) -> bool:
-    """False where looking would make an empty database."""
-    return config.registry.tracking_uri is not None or config.layout.tracking_db.is_file()
 
 
 class Follower:

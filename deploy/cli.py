@@ -253,18 +253,24 @@ def list_versions(
 ) -> None:
     """Every version with its aliases, figures and what the gate said, the newest first."""
     from pipelines.config import load_config
+    from pipelines.credentials import without_credentials
     from pipelines.listing import list_entries
+    from pipelines.registry import tracking_uri
 
     _quiet()
-    entries = list_entries(load_config(config, overrides or ()))
+    settings = load_config(config, overrides or ())
+    entries = list_entries(settings)
     if as_json:
         print(json.dumps([entry.as_dict() for entry in entries], ensure_ascii=False, indent=1))
+        return
+    if not entries:
+        print(f"no version is registered in {without_credentials(tracking_uri(settings))}")
         return
     from rich.console import Console
 
     from deploy.terminal import versions_table
 
-    Console(highlight=False).print(versions_table(entries) if entries else "no version is registered")
+    Console(highlight=False).print(versions_table(entries))
 
 
 key_commands = typer.Typer(cls=OneLineErrors, help="API keys of a server.", no_args_is_help=True)

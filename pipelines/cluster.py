@@ -139,6 +139,10 @@ def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Conf
 def _run(name: str, run: Callable[[Config, Progress], Result], config: Config, progress: Progress) -> Result:
     if name not in MEASURED or not config.ray.measure_on:
         return run(config, progress)
+    if not config.workdir.is_dir():  # before nodes are asked for it, which makes it
+        raise StageError(
+            f"no workdir at {config.workdir} for {name} to read; run the stages before it, or correct workdir"
+        )
     # A stage that runs as `__main__` here is found under its own name alone elsewhere.
     named: Callable[..., Result] = importlib.import_module(f"pipelines.{name}").run
     return measured(name, named, config, progress)

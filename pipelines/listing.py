@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.promote import TAG_GATE, TAG_ROLLED_BACK, stored_evaluation
 from pipelines.register import TAG_BACKBONE
-from pipelines.registry import TAG_DIGEST, Version, open_registry
+from pipelines.registry import TAG_DIGEST, Version, has_registry, open_registry
 from pipelines.report import Evaluation
 
 
@@ -47,7 +47,10 @@ class Entry:
 
 
 def list_entries(config: Config) -> list[Entry]:
-    """All versions, the newest first. Raises StageError where the registry is out of reach."""
+    """All versions, the newest first; none, and nothing made, where there is no registry yet. StageError where it is out
+    of reach."""
+    if not has_registry(config):
+        return []
     return [_entry(version) for version in reversed(open_registry(config).versions())]
 
 

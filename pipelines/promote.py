@@ -19,7 +19,7 @@ from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
 from pipelines.evaluate import Comparison
 from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
-from pipelines.registry import CHALLENGER, CHAMPION, TAG_DIGEST, Registry, Version, open_registry
+from pipelines.registry import CHALLENGER, CHAMPION, TAG_DIGEST, Registry, Version, existing_registry
 from pipelines.report import Evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 
@@ -56,12 +56,12 @@ def run(config: Config, progress: Progress = ignore_progress, *, measure: Measur
 
     Challenger and champion are fetched and measured side by side, now, where `ray.measure_on` says. Without a champion
     there is nothing to measure beside, and the challenger's stored evaluation, made of these very bytes, is enough. Raises
-    PromotionRefused with the gate's reasons, StageError where there is no challenger, the champion never rests, or what is
-    no fault of the heads keeps them from being measured: then `promote.force` promotes unmeasured.
+    PromotionRefused with the gate's reasons, StageError where there is no registry or no challenger, the champion never
+    rests, or what is no fault of the heads keeps them from being measured: then `promote.force` promotes unmeasured.
     """
     if config.promote.rollback:
         return rollback(config)
-    registry = open_registry(config)
+    registry = existing_registry(config)
     measure = measure or _side_by_side(config, registry, progress)
     for _ in range(MAX_ROUNDS):
         challenger, champion = _pair(registry, config)
@@ -95,7 +95,7 @@ def rollback(config: Config) -> PromoteResult:
 
     The version that is left is marked: the gate does not take it again unless forced. Who comes back is marked no more.
     """
-    registry = open_registry(config)
+    registry = existing_registry(config)
     with registry.lock(config.promote.lock_timeout_s) as lease:
         *earlier, champion = registry.champions() or [0]
         while earlier and earlier[-1] == champion:

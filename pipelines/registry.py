@@ -77,14 +77,30 @@ def tracking_uri(config: Config) -> str:
     return config.registry.tracking_uri
 
 
+def has_registry(config: Config) -> bool:
+    """False where opening would make an empty one: the working directory should hold it, and does not."""
+    return config.registry.tracking_uri is not None or config.layout.tracking_db.is_file()
+
+
+def existing_registry(config: Config) -> Registry:
+    """`open_registry` for those who have nothing to put into it. StageError, and nothing made, where there is none yet."""
+    if not has_registry(config):
+        raise StageError(
+            f"no registry in {config.workdir}: nothing was registered there; run `register` first, or set workdir to where "
+            "that was done"
+        )
+    return open_registry(config)
+
+
 def open_registry(config: Config) -> Registry:
-    """The registry of a configuration; its SQLite file is made on first use.
+    """The registry of a configuration; its SQLite file, and the working directory for it, is made on first use.
 
     TrackingUnreachable, after a few seconds of trying, where no server answers.
     """
-    config.layout.root.mkdir(parents=True, exist_ok=True)
     uri, artifacts = tracking_uri(config), config.registry.artifact_uri
     local = uri.startswith("sqlite:")
+    if local:
+        config.layout.root.mkdir(parents=True, exist_ok=True)
     if uri.startswith(("http://", "https://")):
         await_server(uri, patience_s=_PATIENCE_S)
     # MLflow sets a new SQLite database up without a lock of its own; two at once would spoil it.

@@ -20,6 +20,7 @@ from deploy.api_keys import KeyRing
 from deploy.cli import STAGES, app
 from medusa.checkpoint import save_checkpoint
 from pipelines.config import CONFIGS, Config
+from pipelines.registry import open_registry
 from tests.unit.medusa.tiny import random_heads
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -217,11 +218,43 @@ def test_an_empty_registry_is_listed_and_has_nothing_to_roll_back(
     medusa_cli: Callable[..., Result], tmp_path: Path
 ) -> None:
     listed = medusa_cli("registry", "list", f"workdir={tmp_path}")
-    assert (listed.exit_code, listed.stdout) == (0, "no version is registered\n"), listed.output
+    said = f"no version is registered in sqlite:///{tmp_path}/mlflow.db\n"
+    assert (listed.exit_code, listed.stdout) == (0, said), listed.output
     assert json.loads(medusa_cli("registry", "list", "--json", f"workdir={tmp_path}").stdout) == []
+    open_registry(Config(workdir=tmp_path))
+    assert medusa_cli("registry", "list", f"workdir={tmp_path}").stdout == said
     assert_one_line_error(medusa_cli("promote", "--rollback", f"workdir={tmp_path}"), "no champion to go back from")
     assert_one_line_error(medusa_cli("promote", f"workdir={tmp_path}"), "challenger", "register")
     assert_one_line_error(medusa_cli("registry", "list", "registry.model_name=a/b"), "registry.model_name", "a/b")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["calibrate"],
+        ["calibrate", "ray.measure_on={CPU: 1}"],
+        ["evaluate"],
+        ["evaluate", "ray.measure_on={CPU: 1}"],
+        ["register"],
+        ["promote"],
+        ["promote", "--rollback"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_workdir_is_named_and_not_made(
+    medusa_cli: Callable[..., Result], command: list[str], tmp_path: Path
+) -> None:
+    nowhere = tmp_path / "medusa-wrok"
+    assert_one_line_error(medusa_cli(*command, f"workdir={nowhere}"), str(nowhere))
+    assert not list(tmp_path.iterdir())
+
+
+def test_listing_makes_no_registry(medusa_cli: Callable[..., Result], tmp_path: Path) -> None:
+    nowhere = tmp_path / "medusa-wrok"
+    assert str(nowhere) in medusa_cli("registry", "list", f"workdir={nowhere}").stdout
+    assert medusa_cli("registry", "list", "--json", f"workdir={nowhere}").stdout == "[]\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_new_key_opens_to_its_hash(medusa_cli: Callable[..., Result]) -> None:

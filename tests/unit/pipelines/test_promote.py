@@ -208,7 +208,7 @@ def _register(registry: Registry, folder: Path, text: str, evaluation: Evaluatio
     return version
 
 
-def test_nothing_is_promoted_where_nothing_is_registered(config: Config) -> None:
+def test_nothing_is_promoted_where_nothing_is_registered(config: Config, registry: Registry) -> None:
     with pytest.raises(StageError, match="run `register`"):
         promote.run(config)
     with pytest.raises(StageError, match="no champion to go back from"):
