@@ -91,7 +91,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     """Measure the checkpoint in the working directory, and log the report to the registry if that is in reach.
 
     A report that was made of the same checkpoint, prompts and settings on such a machine stands as it is.
-    Raises StageError, CheckpointError, ConfigError, PromptError, ValueError.
+    Raises StageError (also where no answer has a second token), CheckpointError, ConfigError, PromptError, ValueError.
     """
     settings, folder = config.evaluate, config.layout.checkpoint
     if not folder.is_dir():
@@ -163,7 +163,8 @@ def compare(config: Config, *, challenger: Path, champion: Path, progress: Progr
     """Measure two checkpoint folders side by side, as `config.evaluate` says, greedily, each with its own tree.
 
     The champion's backbone, decoding plainly, writes the conversations, sets the lengths, and is what both speedups
-    are against. Raises CheckpointError where one of them does not fit the configured backbone.
+    are against. Raises CheckpointError where one of them does not fit the configured backbone, StageError where no answer
+    has a second token.
     """
     settings = config.evaluate
     prompts = evaluation_prompts(settings)
@@ -187,6 +188,7 @@ def compare(config: Config, *, challenger: Path, champion: Path, progress: Progr
         engines["challenger, plain"] = _engine(ours, None, questions, settings.max_tokens)
     plain = _engine(theirs, None, questions, settings.max_tokens)
     plains, found = measure(plain, engines, questions, _params(GREEDY, settings.max_tokens), settings.rounds, told)
+    _require_steps(plains)
     own_plain = found.get("challenger, plain", plains)
     pairs = zip(own_plain, found["challenger"], strict=True)
     return Comparison(
@@ -341,7 +343,17 @@ def _measure_trees(
     engines = {str(i): _engine(model, tree, questions, settings.max_tokens) for i, tree in enumerate(trees)}
     plain = _engine(model, None, questions, settings.max_tokens)
     plains, found = measure(plain, engines, questions, _params(scheme, settings.max_tokens), settings.rounds, told)
+    _require_steps(plains)
     return plains, list(found.values())
+
+
+def _require_steps(plain: Sequence[Trace]) -> None:
+    """StageError where no answer has a second token: what is not decoded in steps has no rate and no overhead."""
+    if not any(one.num_steps for one in plain):
+        raise StageError(
+            f"all {len(plain)} answers end at their first token, so there is no step to measure; give prompts that are "
+            "answered at more length (evaluate.path)"
+        )
 
 
 def _check_identity(

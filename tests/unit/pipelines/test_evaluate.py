@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import medusa
+from medusa.backbone import Backbone
 from medusa.checkpoint import save_checkpoint
 from medusa.errors import CheckpointError, MedusaError
 from pipelines import evaluate, promote, register
 from pipelines.config import Config, EvaluateSection, PromoteSection
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, StageError
 from pipelines.evaluate import ask, compare, depth_reached, differing, figures, logit_margin
 from pipelines.prompts import Prompt
 from pipelines.quality import compare_backbones, heldout_paragraphs
 from pipelines.registry import folder_digest
-from pipelines.report import write_report
+from pipelines.report import Details, write_report
 from pipelines.timing import Trace
 from tests.tiny_models import make_tiny_backbone_model, save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
@@ -233,6 +234,24 @@ def test_depths_and_figures_are_those_of_the_steps() -> None:
     found = figures(traces, traces)
     assert (found.num_steps, found.num_tokens, found.acceleration_rate) == (4, 9, 7 / 4)
     assert (found.tree_step_s, found.tree_tokens_per_s, found.speedup) == (2.5, 1.0, 1.0)
+
+
+def test_answers_of_one_token_have_nothing_to_measure(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "eos_token_ids", frozenset(range(300)))  # whatever comes first ends the answer
+    again = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"again": True})})
+    folder = config.layout.checkpoint
+    for measured in (lambda: evaluate.run(again), lambda: compare(config, challenger=folder, champion=folder)):
+        with pytest.raises(StageError, match=r"all 6 answers end at their first token, .* \(evaluate\.path\)"):
+            measured()
+
+
+def test_a_category_whose_answers_have_one_token_has_no_figures(
+    result: evaluate.EvaluateResult, tmp_path: Path
+) -> None:
+    short = [Trace(token_ids=[7], tokens_per_step=[1], step_s=[], total_s=0.5)] * 2
+    case = replace(result.details.cases[0], by_category={"yes or no": figures(short, short)})
+    page, _ = write_report(tmp_path, result.evaluation, [[1]], Details(cases=(case,)))
+    assert "| yes or no | 2 | – | – | – | 2.0 |" in page.read_text()
 
 
 def test_an_untouched_backbone_keeps_its_quality_and_a_broken_one_does_not(model: medusa.Model, tmp_path: Path) -> None:
