@@ -42,7 +42,7 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except TyperException as error:
-            _fail(error.format_message())
+            _fail(_with_value(error))
         except (Abort, Exit):
             raise
         except KeyboardInterrupt:
@@ -53,6 +53,17 @@ class OneLineErrors(TyperGroup):
             if isinstance(error, (MedusaError, ValueError, OSError)):
                 _fail(str(error))
             raise
+
+
+def _with_value(error: TyperException) -> str:
+    """Typer's message of a bad option, with the value, which it leaves out where pydantic found the fault."""
+    from pydantic import ValidationError
+
+    message = error.format_message().replace("Value error, ", "")
+    if not isinstance(error.__cause__, ValidationError):
+        return message
+    value = repr(error.__cause__.errors()[0]["input"])
+    return message if value in message else f"{message}, got {value}"
 
 
 def _fail(message: str) -> NoReturn:
