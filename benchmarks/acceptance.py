@@ -16,10 +16,11 @@ import typer
 from rich.progress import track
 
 import medusa
-from benchmarks.command import RESULTS, choose_trees, console, describe, dtype_name, run_command
+from benchmarks.command import RESULTS, choose_trees, console, describe, run_command
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import Prompt, built_in, read_prompts
 from benchmarks.report import Grid, save
+from medusa.backbone import dtype_name
 from medusa.config import SamplingParams
 from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Completion, Engine, Request
@@ -97,7 +98,7 @@ def main(
     )
     table.show(console)
     if save_results:
-        kind = dtype_name(model)
+        kind = dtype_name(model.backbone.weight_dtype)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "batch": batch}
         stem = f"acceptance-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
         figures: dict[str, object] = {"acceleration_rate": rates}

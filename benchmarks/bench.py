@@ -16,7 +16,7 @@ import torch
 import typer
 
 import medusa
-from benchmarks.command import RESULTS, console, describe, dtype_name, labelled, run_command
+from benchmarks.command import RESULTS, console, describe, labelled, run_command
 from benchmarks.contenders import Contender, TransformersGenerate, load_reference
 from benchmarks.interleaved import Section, measure_section
 from benchmarks.machine import describe_machine, num_cores
@@ -28,6 +28,7 @@ from benchmarks.report import Grid, machine_lines, save
 from benchmarks.roofline import read_bandwidth
 from benchmarks.speed_page import chain_grid, roofline_grid, speed_grids
 from benchmarks.targets import target_grid
+from medusa.backbone import dtype_name
 from medusa.checkpoint import load_checkpoint
 from medusa.generate import Model
 from medusa.pretrained import heads_folder
@@ -167,7 +168,7 @@ def main(
     for table in tables:
         table.show(console)
     if save_results:
-        kind = dtype_name(model)
+        kind = dtype_name(model.backbone.weight_dtype)
         settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "repeats": repeats}
         settings |= {"batch": " and ".join(map(str, batches)), "rounds": rounds if max(batches) > 1 else 1}
         settings |= {"beside": versions} if versions else {}

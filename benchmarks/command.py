@@ -32,10 +32,6 @@ def labelled(folders: Sequence[str]) -> dict[str, str]:
     return {folder if named[Path(folder).name] > 1 else Path(folder).name: folder for folder in different}
 
 
-def dtype_name(model: Model) -> str:
-    return str(model.backbone.weight_dtype).removeprefix("torch.")
-
-
 def describe(backbone: str, dtype: str, rows: Sequence[Prompt], file: Path | None) -> dict[str, object]:
     """The settings that every result names; the folder of the prompts file is nobody's business."""
     prompts = f"{len(rows)} ({file.name if file else 'built-in'})"

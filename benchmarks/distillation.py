@@ -18,7 +18,7 @@ import torch
 import typer
 
 import medusa
-from benchmarks.command import RESULTS, console, describe, dtype_name, run_command
+from benchmarks.command import RESULTS, console, describe, run_command
 from benchmarks.comparison import Comparison, compare
 from benchmarks.contenders import PLAIN, OurEngine
 from benchmarks.interleaved import run_interleaved
@@ -29,6 +29,7 @@ from benchmarks.peers.process import started
 from benchmarks.prompts import Prompt, read_prompts
 from benchmarks.report import machine_lines, save
 from benchmarks.speed_page import agreement_grid, ratio_grid, throughput_grid
+from medusa.backbone import dtype_name
 from medusa.engine import Engine
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
@@ -112,7 +113,7 @@ def main(
     for table in tables:
         table.show(console)
     if save_results:
-        kind = dtype_name(model)
+        kind = dtype_name(model.backbone.weight_dtype)
         settings = describe(backbone, kind, asked, prompts)
         settings |= {"rows": rows, "max_tokens": max_tokens, "repeats": repeats}
         settings |= {"beside": ", ".join(versions)} if versions else {}

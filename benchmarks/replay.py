@@ -21,10 +21,11 @@ from torch import Tensor
 
 import medusa
 from benchmarks.acceptance import answer_all
-from benchmarks.command import RESULTS, console, describe, dtype_name, labelled, run_command
+from benchmarks.command import RESULTS, console, describe, labelled, run_command
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.prompts import Prompt, built_in, read_prompts
 from benchmarks.report import Grid, save
+from medusa.backbone import dtype_name
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.confidence import fit_temperatures
 from medusa.config import SamplingParams
@@ -180,7 +181,7 @@ def main(
         rows=[[name, *(f"{by[one]:.2f}" if one in by else "–" for one in categories)] for name, by in found.items()],
     )
     table.show(console)
-    kind = dtype_name(model)
+    kind = dtype_name(model.backbone.weight_dtype)
     settings = describe(backbone, kind, rows, prompts) | {"max_tokens": max_tokens, "calibration prompts": len(others)}
     stem = f"replay-{kind}-{model.backbone.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
     title = f"Acceleration rate by replay, {kind}"

@@ -22,7 +22,7 @@ import typer
 from benchmarks.command import RESULTS, console, labelled, run_command
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.report import Grid, save
-from medusa.backbone import Backbone, load_backbone
+from medusa.backbone import Backbone, dtype_name, load_backbone
 from medusa.checkpoint import load_checkpoint
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
@@ -111,7 +111,7 @@ def main(
     )
     table.show(console)
     if save_results:
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = dtype_name(model.dtype)
         settings = {"backbone": backbone, "dtype": kind, "batch": batch, "length": length, "rounds": rounds}
         stem = f"steps-{kind}-{model.device.type}-{datetime.now(UTC):%Y%m%d-%H%M}"
         figures: dict[str, object] = {"seconds": seconds}

@@ -357,6 +357,11 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What `parse_dtype`, configurations and files call the type: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _cache_argument(model: PreTrainedModel) -> str:
     """What a decoder calls its cache: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"

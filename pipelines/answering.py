@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from medusa.backbone import dtype_name
 from medusa.config import SamplingParams
 from medusa.errors import MedusaError, PromptError
 from pipelines.config import BackboneSection, DistillSection
@@ -62,8 +63,8 @@ def answer_prompts(
     Rejection acceptance above temperature 0, so that the heads never change what is said.
     """
     waiting = deque(_begin(prompt, part) for prompt, part in asked)
-    dtype = str(model.backbone.weight_dtype).removeprefix("torch.")
-    common = {"sampling": sampling_key(config, dtype), "backbone": model.backbone.fingerprint}
+    sampling = sampling_key(config, dtype_name(model.backbone.weight_dtype))
+    common = {"sampling": sampling, "backbone": model.backbone.fingerprint}
     running: dict[str, _Chat] = {}
     rows: list[dict[str, Any]] = []
     while waiting or engine.has_work:

@@ -67,6 +67,7 @@ class CalibrateResult:
 
 def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult:
     """Calibrate the checkpoint in the working directory on the calibration answers. Raises StageError, CheckpointError."""
+    from medusa.backbone import dtype_name
     from medusa.confidence import fit_temperatures
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
 
@@ -92,7 +93,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
         "weights": weights_digest(config.layout.checkpoint),
         "num_nodes": chosen,
         "num_answers": len(answers.rows),
-        "device": f"{model.backbone.device}, {model.backbone.step_dtype}".replace("torch.", ""),
+        "device": f"{model.backbone.device}, {dtype_name(model.backbone.step_dtype)}",
         "curve": [asdict(cost) for cost in curve],
         "accuracy": hits.accuracy.tolist(),
         "temperatures": fit_temperatures(model.backbone, model.heads, sequences),

@@ -474,7 +474,9 @@ def _digest(questions: Sequence[Question], settings: EvaluateSection) -> str:
 
 
 def _dtype(model: Model) -> str:
-    return str(model.backbone.dtype).removeprefix("torch.")
+    from medusa.backbone import dtype_name
+
+    return dtype_name(model.backbone.dtype)
 
 
 def _teller(progress: Progress, settings: EvaluateSection, num_schemes: int, num_trees: int, num_prompts: int) -> Told:

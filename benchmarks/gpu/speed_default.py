@@ -18,11 +18,12 @@ from typing import Annotated
 import typer
 
 import medusa
-from benchmarks.command import RESULTS, choose_trees, console, describe, dtype_name, run_command
+from benchmarks.command import RESULTS, choose_trees, console, describe, run_command
 from benchmarks.comparison import Spread
 from benchmarks.machine import describe_machine
 from benchmarks.prompts import built_in, read_prompts
 from benchmarks.report import Grid, save
+from medusa.backbone import dtype_name
 from medusa.config import SamplingParams
 from medusa.dynamic_tree import DynamicTree
 from medusa.engine import Engine, Request
@@ -162,7 +163,7 @@ def main(
         asked = encoded if size == 1 else list(islice(cycle(encoded), ROUNDS * size))
         figures[size] = figures_of(compare(made, asked, max_tokens=max_tokens, repeats=repeats))
         grid(size, figures[size]).show(console)
-    kind = dtype_name(model)
+    kind = dtype_name(model.backbone.weight_dtype)
     settings = describe(backbone, kind, rows, prompts) | {
         "max_tokens": max_tokens, "repeats": repeats,
         "kernels": model.backbone.fused.gpu_kernels if model.backbone.fused else "generic",

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.peers.process import Launch
 from benchmarks.serving_servers import vllm_environment
+from medusa.backbone import dtype_name
 from medusa.formats.exporting import export_heads, save_backbone
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE, default_backbone, default_gguf
@@ -77,7 +78,7 @@ def peer_launches(
             room += count + 1  # at the end of its context vLLM drafts less
         for name, draft in drafts.items():
             settings = {
-                "model": source, "dtype": str(model.backbone.dtype).removeprefix("torch."), "draft": draft,
+                "model": source, "dtype": dtype_name(model.backbone.dtype), "draft": draft,
                 "context_length": room, "max_batch_size": max_batch_size,
                 "options": dict(environments.vllm_options or {}),
             }  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medusa.backbone import Backbone
+from medusa.backbone import Backbone, dtype_name
 from medusa.errors import CheckpointError
 from medusa.formats.files import read_json, read_model
 from medusa.formats.naming import VLLM, HeadTensors, belongs, name_blocks, name_lm_heads, read_heads
@@ -58,7 +58,7 @@ def write_vllm(folder: Path, heads: MedusaHeads, backbone: Backbone, *, token_ma
         "medusa_fc_bias": True,
         "original_lm_head": shared,
         "logit_scale": backbone.transform.scale,
-        "dtype": str(next(heads.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_name(next(heads.parameters()).dtype),
         "base_model_name_or_path": backbone.name,
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -26,7 +26,7 @@ from transformers import (
 import medusa
 from medusa.adapters import Adapters
 from medusa.attention import layer_windows
-from medusa.backbone import Backbone, load_backbone
+from medusa.backbone import DTYPES, Backbone, dtype_name, load_backbone, parse_dtype
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
@@ -205,3 +205,8 @@ def test_the_fused_path_declines_what_it_does_not_compute() -> None:
         some = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
         assert FusedLlama.fits(make_tiny_backbone_model("qwen2", **some)) is fits, "do its layers see alike?"
     assert not FusedLlama.fits(make_tiny_backbone_model("gemma2"))
+
+
+@pytest.mark.parametrize("dtype", [*dict.fromkeys(DTYPES.values())], ids=str)
+def test_a_types_name_is_read_back_as_the_type(dtype: torch.dtype) -> None:
+    assert parse_dtype(dtype_name(dtype)) == dtype
