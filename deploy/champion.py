@@ -7,11 +7,12 @@ not load, changes nothing but `problem`.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from medusa.errors import MedusaError
+from medusa.errors import CheckpointError, MedusaError
 from pipelines.config import Config
 from pipelines.credentials import without_credentials
 from pipelines.registry import CHAMPION, Registry, Version, has_registry, open_registry
@@ -19,6 +20,7 @@ from pipelines.registry import CHAMPION, Registry, Version, has_registry, open_r
 logger = logging.getLogger(__name__)
 
 MAX_PAUSE_S = 300.0
+_LASTING = (CheckpointError, ValueError)  # faults of the version itself; memory, network and the like may do tomorrow
 
 
 class Source(Protocol):
@@ -63,9 +65,10 @@ class RegistrySource:
 class Follower:
     """Looks every `every_s` seconds, in a thread of its own, whether another version bears the alias; adopts it.
 
-    `adopt` takes a fetched version; whatever it raises is logged with the version, which is then left alone until the
-    alias names another. `serving` is the version that is served as the alias's; None where another's is, or none. While the
-    registry is out of reach the pauses grow, to five minutes at most; it is told once.
+    `adopt` takes a fetched version; whatever it raises is logged with the version. One that is at fault itself is then left
+    alone until the alias names another; for any other reason it is tried again after pauses that grow, to five minutes at
+    most, while each look still sees whether the alias has moved. `serving` is the version that is served as the alias's; None
+    where another's is, or none. While the registry is out of reach the looks' own pauses grow alike; it is told once.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class Follower:
         self._serving = serving
         self._refused: int | None = None
         self._refusal: str | None = None
+        self._tries = 0  # of the refused version
+        self._rest: float = 0  # looks until it is tried again
         self._unreachable: str | None = None
         self.vacant = False  # no version bore the alias at the last look
         self._failures = 0
@@ -102,15 +107,14 @@ class Follower:
     @property
     def pause_s(self) -> float:
         """Until the next look."""
-        return max(self._every_s, min(self._every_s * 2**self._failures, MAX_PAUSE_S))
+        return self._grown(self._failures)
 
     def look(self) -> None:
         """Look once, and adopt what is new. Never raises."""
         with self._looking:
             try:
                 version = self._source.bearer()
-                wanted = version is not None and version.number not in (self._serving, self._refused)
-                fetched = self._source.fetch(version) if version is not None and wanted else None
+                fetched = self._source.fetch(version) if version is not None and self._wants(version) else None
             except Exception as error:  # noqa: BLE001 (it is told)
                 self._out_of_reach(error)
                 return
@@ -118,13 +122,30 @@ class Follower:
             if fetched is not None and not self._stopped.is_set():
                 self._take(fetched)
 
+    def _wants(self, version: Version) -> bool:
+        if version.number == self._refused:
+            self._rest -= 1
+            return self._rest <= 0
+        return version.number != self._serving
+
+    def _grown(self, failures: int) -> float:
+        """Seconds of pause after so many failures one after the other."""
+        return max(self._every_s, min(self._every_s * 2.0 ** min(failures, 32), MAX_PAUSE_S))
+
     def _take(self, version: Version) -> None:
         try:
             self._adopt(version)
         except Exception as error:
-            logger.exception("version %d cannot be served; %s stays", version.number, self._serving or "what is served")
-            said = without_credentials(str(error))
-            self._refused, self._refusal = version.number, f"version {version.number} cannot be served: {said}"
+            self._tries = self._tries + 1 if version.number == self._refused else 1
+            stays = self._serving or "what is served"
+            logger.exception("version %d cannot be served; %s stays", version.number, stays, exc_info=self._tries == 1)
+            if isinstance(error, _LASTING):
+                self._rest, then = math.inf, ""
+            else:
+                self._rest = self._grown(self._tries) // self._every_s if self._every_s else 1
+                then = "; it is tried again"
+            said = without_credentials(str(error) or type(error).__name__)
+            self._refused, self._refusal = version.number, f"version {version.number} cannot be served: {said}{then}"
         else:
             self._serving, self._refused, self._refusal = version.number, None, None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from deploy.champion import MAX_PAUSE_S, Follower, RegistrySource
-from medusa.errors import CheckpointError
+from medusa.errors import BackboneError, CheckpointError
 from pipelines.config import load_config
 from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.registry import Version
@@ -37,17 +39,18 @@ class FakeRegistry:
 
 
 class Adopted(list[int]):
-    """What was adopted, in order; versions in `bad` fail."""
+    """What was adopted, in order; versions in `bad` fail, for what is their own fault unless `fault` is another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bad: set[int] = set()
+        self.fault: Exception = CheckpointError("these heads were trained on another backbone")
         self.tried: list[int] = []
 
     def __call__(self, version: Version) -> None:
         self.tried.append(version.number)
         if version.number in self.bad:
-            raise CheckpointError("these heads were trained on another backbone")
+            raise self.fault
         self.append(version.number)
 
 
@@ -63,7 +66,7 @@ def adopted() -> Adopted:
 
 @pytest.fixture
 def follower(registry: FakeRegistry, adopted: Adopted) -> Follower:
-    return Follower(registry, adopted, serving=1, every_s=10)
+    return Follower(registry, adopted, serving=1, every_s=10.0)
 
 
 def test_each_move_of_the_alias_is_adopted_once(follower: Follower, registry: FakeRegistry, adopted: Adopted) -> None:
@@ -87,6 +90,47 @@ def test_a_version_that_cannot_be_served_is_told_and_tried_once(
     registry.named = 3
     follower.look()
     assert (adopted, follower.problem) == ([3], None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (MemoryError(), "MemoryError"),
+        (BackboneError("the hub is out of reach"), "the hub is out of reach"),
+    ],
+)
+def test_a_version_that_fails_for_what_may_pass_is_tried_again_ever_more_rarely(
+    follower: Follower, registry: FakeRegistry, adopted: Adopted, fault: Exception, said: str
+) -> None:
+    adopted.bad, adopted.fault, registry.named = {2}, fault, 2
+    tried_at: list[int] = []
+    for look in range(120):
+        before = len(adopted.tried)
+        follower.look()
+        tried_at += [look] * (len(adopted.tried) - before)
+    assert [b - a for a, b in itertools.pairwise(tried_at)] == [2, 4, 8, 16, 30, 30]  # looks of 10 s: 300 s at most
+    assert follower.pause_s == 10  # looks go on, so that a rollback is seen at once
+    assert follower.problem == f"version 2 cannot be served: {said}; it is tried again"
+    adopted.bad = set()
+    for _ in range(30):
+        follower.look()
+    assert (adopted, follower.problem) == ([2], None)
+
+
+def test_a_version_that_failed_starts_over_when_the_alias_comes_back_to_it(
+    follower: Follower, registry: FakeRegistry, adopted: Adopted
+) -> None:
+    adopted.bad, adopted.fault = {2}, MemoryError()
+    for named in (2, 2, 2, 1, 2, 2, 2):
+        registry.named = named
+        follower.look()
+    assert adopted.tried == [2, 2] * 2
+
+
+def test_a_long_outage_does_not_end_the_looks(follower: Follower) -> None:
+    follower._failures = 5000
+    assert follower.pause_s == MAX_PAUSE_S
 
 
 def test_a_rollback_from_a_version_that_cannot_be_served_clears_the_problem(
