@@ -283,7 +283,8 @@ class Registry:
 
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         source = without_credentials(version.source)
-        if not _holds(target, version):
+        held = _holds(target, version)
+        if not held:
             self._cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
                 try:
@@ -299,13 +300,17 @@ class Registry:
                         f"registered was {version.tags[TAG_DIGEST]}; try again, and register it again if it stays so"
                     )
                 os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
-                if not _holds(target, version):  # else another process was first, and its copy is as good
+                held = _holds(target, version)  # another process was first, and its copy is as good
+                if not held:
                     shutil.rmtree(target, ignore_errors=True)
-                    with contextlib.suppress(OSError):
+                    try:
                         os.replace(got, target)
+                        held = True
+                    except OSError:  # first after all
+                        held = _holds(target, version)
             with contextlib.suppress(OSError):  # another process tidies too
                 self._tidy()
-            if not _holds(target, version):
+            if not held:
                 raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(target)

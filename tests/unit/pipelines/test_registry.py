@@ -92,6 +92,22 @@ def test_a_copy_that_was_damaged_here_is_fetched_again(registry: Registry, tmp_p
         assert folder_digest(folder) == version.tags[TAG_DIGEST]
 
 
+def test_a_version_is_read_through_once_when_it_comes_and_once_when_it_is_here(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, read = _version(registry, tmp_path / "read"), []
+
+    def digest(folder: Path) -> str:
+        read.append(folder)
+        return folder_digest(folder)
+
+    monkeypatch.setattr(registry_module, "folder_digest", digest)
+    for _ in range(2):
+        registry.fetch(version)
+        assert len(read) == 1
+        read.clear()
+
+
 def test_versions_that_nobody_asked_for_in_a_day_make_room_but_for_the_last_few(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
