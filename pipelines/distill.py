@@ -76,8 +76,8 @@ def run(config: Config, progress: Progress = ignore_progress) -> DistillResult:
         missing = [asked for asked in wanted if asked[0].id not in done]
         pool = replace(pool, args=(*pool.args, written_by))
         progress(Step(done=len(wanted) - len(missing), total=len(wanted), note="prompts"))
-        watch = _answer(missing, len(wanted), pool, config, progress) if missing else None
-    return _result(pool.folder, wanted, missing, watch)
+        watch, tally = _answer(missing, len(wanted), pool, config, progress) if missing else (None, _tally(pool.folder))
+    return _result(pool.folder, wanted, missing, watch, tally)
 
 
 def _wanted(config: Config, progress: Progress) -> list[Asked]:
@@ -98,7 +98,8 @@ def _refuse_other_settings(folder: Path, config: Config) -> str | None:
     return written_by
 
 
-def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> Watch:
+def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> tuple[Watch, _Tally]:
+    """Who watched, and what the folder holds then."""
     before = _tally(pool.folder, without={prompt.id for prompt, _ in missing})
     with JobLog(config, f"distill-{_job(pool.folder)}", _params(config, total)) as log:
 
@@ -117,7 +118,7 @@ def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progre
             pool.run(prompt_table(missing), watch)
         after = _tally(pool.folder)
         tell(after.num_tokens, after.turns)
-    return watch
+    return watch, after
 
 
 def actors_needed(config: Config, num_prompts: int) -> Need:
@@ -168,8 +169,9 @@ def _tally(folder: Path, *, without: Container[str] = ()) -> _Tally:
     return _Tally(num_tokens=num_tokens, turns=turns, num_unused=len(unused))
 
 
-def _result(folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watch | None) -> DistillResult:
-    tally = _tally(folder)
+def _result(
+    folder: Path, wanted: list[Asked], missing: list[Asked], watch: Watch | None, tally: _Tally
+) -> DistillResult:
     assert answer_files(folder) or not wanted
     reasons = tally.turns
     failed = reasons.pop("error", 0)

@@ -28,7 +28,9 @@ def answered_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Answers without a backbone: one file for each run. The backbone that each run was told of."""
     told: list[str | None] = []
 
-    def answer(missing: list[distill.Asked], total: int, pool: Pool, config: Config, progress: object) -> None:
+    def answer(
+        missing: list[distill.Asked], total: int, pool: Pool, config: Config, progress: object
+    ) -> tuple[None, distill._Tally]:
         told.append(pool.args[-1])
         rows = [
             {
@@ -40,6 +42,7 @@ def answered_by(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
             for prompt, part in missing
         ]  # fmt: skip
         pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), pool.folder / f"{len(told)}.parquet")
+        return None, distill._tally(pool.folder)
 
     monkeypatch.setattr(distill, "_answer", answer)
     return told
