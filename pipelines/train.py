@@ -19,7 +19,7 @@ from typing import Any
 
 from medusa.checkpoint import load_checkpoint
 from medusa.config import HeadsConfig
-from medusa.errors import MedusaError
+from medusa.errors import CheckpointError, MedusaError
 from medusa.folders import whole_folder
 from medusa.pretrained import NAMES, SUFFIXES, heads_folder
 from pipelines.capacity import Need, require
@@ -195,9 +195,15 @@ def _track(config: Config, name: str, answers: Answers, shape: HeadsConfig) -> t
 
 
 def _put(heads: Path, checkpoint: Path) -> None:
-    """Make `checkpoint` these heads. Where it holds their weights it stays as it is: calibration may have given it a tree."""
+    """Make `checkpoint` these heads. Where it is whole and holds their weights it stays as it is: calibration may have given
+    it a tree."""
     if weights_digest(checkpoint) == weights_digest(heads):
-        return
+        try:
+            load_checkpoint(checkpoint)
+        except CheckpointError as error:
+            logger.warning("the run's own checkpoint takes the place of a damaged one: %s", error)
+        else:
+            return
     with whole_folder(checkpoint) as made:
         shutil.copytree(heads, made, dirs_exist_ok=True)
 

@@ -8,13 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from medusa.checkpoint import load_checkpoint, save_checkpoint
+from medusa.config import HeadsConfig
 from medusa.errors import CheckpointError
+from medusa.heads import MedusaHeads
 from pipelines import folder_lock, train, train_loop
 from pipelines.config import Config, TrainSection, load_config
 from pipelines.engine import _memory_told
 from pipelines.errors import StageError
 from pipelines.folder_lock import alone_in
 from pipelines.records import ANSWERS, TRAIN, Answers, read_answers, settled_answers
+from pipelines.registry import folder_digest
 from pipelines.tracking import Journal
 from pipelines.train import _send_rest, _told
 from pipelines.train_loop import Assignment
@@ -95,6 +99,20 @@ def _distilled(config: Config, *responses: list[int]) -> Path:
     config.layout.distilled.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), config.layout.distilled / "a.parquet")
     return config.layout.distilled
+
+
+@pytest.mark.parametrize("name", ["tree.json", "config.json"])
+def test_a_checkpoint_keeps_its_calibrated_tree_unless_it_is_damaged(name: str, tmp_path: Path) -> None:
+    made, checkpoint = tmp_path / "made", tmp_path / "checkpoint"
+    heads = MedusaHeads(HeadsConfig(num_heads=2), hidden_size=8, vocab_size=16)
+    for folder, paths in ((made, [(0,)]), (checkpoint, [(0,), (0, 0)])):
+        save_checkpoint(folder, heads, paths=paths, backbone_name="b", backbone_fingerprint="f")
+    train._put(made, checkpoint)
+    assert load_checkpoint(checkpoint).paths == [(0,), (0, 0)]
+    for damage in (lambda file: file.write_text("{torn"), Path.unlink):
+        damage(checkpoint / name)
+        train._put(made, checkpoint)
+        assert folder_digest(checkpoint) == folder_digest(made)
 
 
 def test_no_run_begins_over_answers_that_are_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
