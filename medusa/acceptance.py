@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa.native.walk import can_walk, greedy_walk
+from medusa.native.walk import accepted_path, can_walk
 from medusa.sampling import TYPICAL, SamplingRows, draw, filter_logits
 from medusa.tree import RowTrees
 
@@ -42,10 +42,14 @@ def accept(
     """tokens [B,N] (the root first), logits [B,N,V] of the verified nodes, position [B] of the root in its sequence.
 
     Where rows ask for penalties, biases or a grammar, their logits are edited in place first. `early_exit` looks at the
-    data after each depth and stops where nobody walks on: worth it on a CPU, a synchronisation elsewhere.
+    data on the way, and so only at nodes that are reached: worth it on a CPU, where our kernels do it where they can; a
+    synchronisation elsewhere.
     """
     for edit in rows.edits:
         edit.apply(logits, tokens, tree)
+    if early_exit and can_walk(logits):
+        node, next_root = accepted_path(logits, tokens, tree.parents, rows, root_position)
+        return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
     if not rows.any_typical:
         return walk(tree, tokens, logits, rows, root_position, early_exit=early_exit)
     typical = accept_typical(tree, tokens, logits, rows, root_position)
@@ -71,9 +75,6 @@ def walk(
 ) -> Acceptance:
     """Greedy and rejection acceptance. The backbone chooses only along the path walked; but where nobody looks at the data
     and choosing is a matter of logits alone, at all nodes at once."""
-    if early_exit and not rows.any_noise and can_walk(logits):
-        node, next_root = greedy_walk(logits, tokens, tree.parents, rows.max_nodes if rows.any_limit else None)
-        return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
     if not early_exit and not rows.any_noise:
         return _walk_at_once(tree, tokens, logits, rows)
     node = torch.zeros_like(root_position)
@@ -124,10 +125,7 @@ def accept_typical(
     log_p = log_probs[rows_of_batch, parents, tokens[:, 1:]]
     good = log_p.exp() > threshold.gather(1, parents)
     if rows.any_filter:
-        flat = log_probs.flatten(0, 1)
-        top_k, top_p = (x.repeat_interleave(num_nodes) for x in (rows.top_k, rows.top_p))
-        allowed = filter_logits(flat, top_k, top_p).isfinite().view_as(log_probs)
-        good &= allowed[rows_of_batch, parents, tokens[:, 1:]]
+        good &= _inside_filters(log_probs, parents, tokens[:, 1:], rows)
     if rows.any_limit:
         good &= _within(rows, tree)[:, 1:]
 
@@ -143,6 +141,27 @@ def accept_typical(
     num_accepted = tree.depth_of(node)
     next_root = draw(logits, rows, root_position + num_accepted + 1, node)
     return Acceptance(node=node, num_accepted=num_accepted, next_root=next_root)
+
+
+def _inside_filters(log_probs: Tensor, parents: Tensor, tokens: Tensor, rows: SamplingRows) -> Tensor:
+    """Are those tokens [B,M] inside their rows' top-k and then top-p at their parents [B,M] of log_probs [B,N,V]? → [B,M] bool.
+
+    Without sorting a vocabulary for each: what matters of a token is how many are better, and their mass; but where a row
+    cuts twice, the mass that the first cut leaves.
+    """
+    batch = torch.arange(len(parents), device=parents.device)[:, None]
+    at_parent = log_probs[batch, parents]
+    if rows.any_two_filters:
+        top_k, top_p = (x.repeat_interleave(parents.shape[1]) for x in (rows.top_k, rows.top_p))
+        kept = filter_logits(at_parent.flatten(0, 1), top_k, top_p).isfinite().view_as(at_parent)
+        return kept.gather(2, tokens[..., None]).squeeze(2)
+    own = at_parent.gather(2, tokens[..., None])
+    ids = torch.arange(log_probs.shape[-1], device=tokens.device)
+    better = (at_parent > own) | ((at_parent == own) & (ids < tokens[..., None]))
+    rank = better.sum(dim=-1)
+    mass = at_parent.exp().masked_fill_(~better, 0).sum(dim=-1)
+    top_k, top_p = rows.top_k[:, None], rows.top_p[:, None]
+    return ((top_k == 0) | (rank < top_k)) & ((top_p == 1) | (mass < top_p) | (rank == 0))
 
 
 def _within(rows: SamplingRows, tree: RowTrees) -> Tensor:

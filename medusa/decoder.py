@@ -142,7 +142,8 @@ class Decoder:
         logits = self.backbone.logits(self.hidden[slots])[:, None]
         before = rows.logprobs.before_edits(logits)
         node = torch.zeros_like(self.roots[slots])[:, None]
-        roots = accept(self._root_only.rows(len(node)), node, logits, rows, self.lengths[slots] - 1).next_root
+        tree, on_cpu = self._root_only.rows(len(node)), self.backbone.device.type == "cpu"
+        roots = accept(tree, node, logits, rows, self.lengths[slots] - 1, early_exit=on_cpu).next_root
         self.roots[slots] = roots
         emitted = [[root] for root in roots.tolist()]
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))

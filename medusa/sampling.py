@@ -40,6 +40,7 @@ class SamplingKind(NamedTuple):
     any_walk: bool
     any_noise: bool
     any_filter: bool
+    any_two_filters: bool
     any_limit: bool
 
 
@@ -68,6 +69,7 @@ class SamplingRows:
     any_walk: bool
     any_noise: bool
     any_filter: bool
+    any_two_filters: bool
     any_limit: bool
     edits: tuple[LogitEdits | GrammarMasks, ...]
     logprobs: LogprobRows
@@ -79,7 +81,7 @@ class SamplingRows:
 
     @property
     def kind(self) -> SamplingKind:
-        return SamplingKind(self.any_typical, self.any_walk, self.any_noise, self.any_filter, self.any_limit)
+        return SamplingKind(*(getattr(self, flag) for flag in SamplingKind._fields))
 
     @property
     def stays_on_device(self) -> bool:
@@ -113,6 +115,7 @@ class SamplingRows:
         noisy = [
             s == "rejection" or (s == "typical" and p.root == "sample") for s, p in zip(schemes, params, strict=True)
         ]
+        filters = [0 if s == "greedy" else (p.top_p < 1) + (p.top_k > 0) for s, p in zip(schemes, params, strict=True)]
         columns: dict[str, list] = dict(
             scheme=[SCHEMES.index(s) for s in schemes],
             top_k=[p.top_k for p in params],
@@ -131,9 +134,8 @@ class SamplingRows:
             any_typical="typical" in schemes,
             any_walk=any(s != "typical" for s in schemes),
             any_noise=any(noisy),
-            any_filter=any(
-                s != "greedy" and (p.top_p < 1 or p.top_k > 0) for s, p in zip(schemes, params, strict=True)
-            ),
+            any_filter=any(filters),
+            any_two_filters=2 in filters,
             any_limit=any(p.tree_nodes is not None for p in params),
             edits=edits,
             logprobs=LogprobRows.of(params, [row for edit in edits for row in edit.rows]),

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("the CPU kernels cannot be compiled, so decoding is slower: %s", reason.strip()[:500])
         return None
-    for name in ("lanes", "tiles", "work_bytes", "linear_bytes", "guess_bytes", "search_bytes"):
+    for name in ("lanes", "tiles", "work_bytes", "linear_bytes", "guess_bytes", "search_bytes", "accept_bytes"):
         getattr(loaded, f"medusa_{name}").restype = ctypes.c_int64
     return loaded
 

@@ -1,4 +1,4 @@
-"""The greedy walk down verified trees. Knows tensors and addresses.
+"""Which path of a verified tree is accepted, all schemes. Knows tensors and addresses.
 
 B sequences, N nodes, V vocabulary
 """
@@ -6,12 +6,24 @@ B sequences, N nodes, V vocabulary
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from medusa.native.build import library
 from medusa.native.linear import kernels
+
+if TYPE_CHECKING:
+    from medusa.sampling import SamplingRows
+
+COLUMNS = "scheme", "top_k", "seed", "choice", "sample_root", "max_nodes", "temperature", "top_p", "epsilon", "delta"
+
+
+class CRows(ctypes.Structure):
+    """`Rows` of kernels.c: columns [B] of SamplingRows."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in COLUMNS)
 
 
 def can_walk(logits: Tensor) -> bool:
@@ -20,18 +32,27 @@ def can_walk(logits: Tensor) -> bool:
     return on_cpu and logits.dtype == torch.float32 and logits.is_contiguous() and library() is not None
 
 
-def greedy_walk(logits: Tensor, tokens: Tensor, parents: Tensor, max_nodes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits [B,N,V], tokens and parents [B,N] → the last accepted node [B] and the token chosen there [B].
+def accepted_path(
+    logits: Tensor, tokens: Tensor, parents: Tensor, rows: SamplingRows, root_position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """logits [B,N,V], tokens and parents [B,N], the root's position [B] → the last accepted node [B] and the next root [B].
 
-    Of each row the first `max_nodes` [B] may be accepted. One look at each row walked over, where PyTorch takes a dozen
-    operations for each depth. For eager steps: what records operations does not see it.
+    `acceptance.accept` by one call: only nodes that are reached are looked at, and noise is made only for tokens that can win;
+    PyTorch takes a dozen operations for each depth, and filters by sorting the vocabulary. For eager steps: what records
+    operations does not see it.
     """
     batch, nodes, vocab_size = logits.shape
     if tokens.stride(1) != 1 or parents.stride(1) != 1:
         tokens, parents = tokens.contiguous(), parents.contiguous()
-    limits = None if max_nodes is None else max_nodes.contiguous()
-    last, choice = torch.empty(2, batch, dtype=torch.int64)
-    kernels().medusa_walk(
+    columns = [getattr(rows, name).contiguous() for name in COLUMNS]
+    positions = root_position.contiguous()
+    threads = min(torch.get_num_threads(), batch)
+    work = torch.empty(
+        threads * kernels().medusa_accept_bytes(*map(ctypes.c_int64, (nodes, vocab_size))), dtype=torch.uint8
+    )
+    last, next_root = torch.empty(2, batch, dtype=torch.int64)
+    kernels().medusa_accept(
+        ctypes.byref(CRows(*(column.data_ptr() for column in columns))),
         ctypes.c_void_p(logits.data_ptr()),
         ctypes.c_int64(batch),
         ctypes.c_int64(nodes),
@@ -40,9 +61,10 @@ def greedy_walk(logits: Tensor, tokens: Tensor, parents: Tensor, max_nodes: Tens
         ctypes.c_int64(tokens.stride(0)),
         ctypes.c_void_p(parents.data_ptr()),
         ctypes.c_int64(parents.stride(0)),
-        ctypes.c_void_p(None if limits is None else limits.data_ptr()),
+        ctypes.c_void_p(positions.data_ptr()),
         ctypes.c_void_p(last.data_ptr()),
-        ctypes.c_void_p(choice.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
+        ctypes.c_void_p(next_root.data_ptr()),
+        ctypes.c_void_p(work.data_ptr()),
+        ctypes.c_int64(threads),
     )
-    return last, choice
+    return last, next_root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from medusa.acceptance import Acceptance, accept
 from medusa.candidates import ranked_tokens, static_candidates
 from medusa.config import SamplingParams
-from medusa.sampling import SamplingRows, draw
+from medusa.sampling import SamplingRows, draw, filter_logits
 from medusa.tree import Tree
 from tests.unit.medusa.tiny import trees
 
@@ -61,6 +62,8 @@ def walk_reference(
 
 def typical_reference(tree: Tree, tokens: list[int], logits: torch.Tensor, params: SamplingParams) -> int:
     best, best_key = 0, (0, 0.0)
+    top = torch.tensor([params.top_k]), torch.tensor([params.top_p], dtype=torch.float64)
+    allowed = [filter_logits(row[None] / params.temperature, *top)[0].isfinite() for row in logits]
     for node, depth in enumerate(tree.depths):
         score, walk, fine = 0.0, node, True
         while walk:
@@ -68,6 +71,7 @@ def typical_reference(tree: Tree, tokens: list[int], logits: torch.Tensor, param
             probs = torch.softmax(logits[parent] / params.temperature, -1).tolist()
             entropy = -sum(p * math.log(p) for p in probs if p > 0)
             fine &= probs[tokens[walk]] > min(params.epsilon, params.delta * math.exp(-entropy))
+            fine &= bool(allowed[parent][tokens[walk]])
             score += math.log(probs[tokens[walk]])
             walk = parent
         if fine and (depth, score) > best_key and node:
@@ -90,14 +94,20 @@ def test_greedy_and_rejection_walk_as_plain_decoding_chooses(
 
 @settings(max_examples=120, deadline=None)
 @given(
-    trees(), st.integers(0, 10**6), st.sampled_from([0.5, 1.0]), st.sampled_from([(0.09, 0.3), (0.4, 0.9), (0.02, 0.1)])
+    trees(),
+    st.integers(0, 10**6),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([(0.09, 0.3), (0.4, 0.9), (0.02, 0.1)]),
+    st.sampled_from([{}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}]),
 )
-def test_typical_takes_the_longest_path_above_the_threshold(
-    tree: Tree, seed: int, temperature: float, thresholds: tuple[float, float]
+def test_typical_takes_the_longest_path_above_the_threshold_and_inside_the_filters(
+    tree: Tree, seed: int, temperature: float, thresholds: tuple[float, float], top: dict[str, Any]
 ) -> None:
     tokens, logits = verified(tree, 2, seed)
     epsilon, delta = thresholds
-    params = SamplingParams(temperature=temperature, acceptance="typical", epsilon=epsilon, delta=delta, seed=seed)
+    params = SamplingParams(
+        temperature=temperature, acceptance="typical", epsilon=epsilon, delta=delta, seed=seed, **top
+    )
     got = run(tree, tokens, logits, [params] * 2, 5)
     for row in range(2):
         node = typical_reference(tree, tokens[row].tolist(), logits[row], params)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medusa import acceptance, fused_llama, linear
+from medusa import fused_llama, linear
 from medusa.backbone import Backbone, Placement, load_backbone
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadKind, SamplingParams
@@ -30,7 +30,6 @@ from medusa.native.build import library
 from medusa.native.guesses import NativeHead, NativeHeads
 from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles
 from medusa.proposals import Proposer
-from medusa.sampling import SamplingRows
 from medusa.tree import RowTrees, Tree
 from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder, with_drawn_vectors
 from tests.unit.medusa.tiny import chain_placement, random_heads, trees
@@ -162,29 +161,6 @@ def test_the_largest_is_where_pytorch_finds_it(size: int, threads: int, monkeypa
     assert found.tolist() == x[which].argmax(dim=-1).tolist()
     monkeypatch.setattr(argmax, "library", lambda: None)
     assert largest_at(x, which).tolist() == found.tolist()
-
-
-@settings(max_examples=40, deadline=None)
-@given(tree=trees(), batch=st.integers(1, 3), limited=st.booleans(), broken=st.booleans(), seed=st.integers(0, 1000))
-def test_the_greedy_walk_is_that_of_pytorch(tree: Tree, batch: int, limited: bool, broken: bool, seed: int) -> None:
-    """Few likely tokens, so that walks go far, siblings' different ones; each row's own limit, and a row with NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    ranks = torch.tensor([path[-1] if path else 0 for path in tree.paths])
-    tokens = torch.stack([torch.randperm(tree.width + 1, generator=generator)[ranks] for _ in range(batch)])
-    logits = torch.randn(batch, tree.num_nodes, 70, generator=generator)
-    logits[..., : tree.width + 1] += 4
-    if broken:
-        logits[0, 0, 1:3] = torch.nan
-    params = [SamplingParams(tree_nodes=2 + row if limited else None) for row in range(batch)]
-    rows, root = SamplingRows.of(params, CPU), torch.zeros(batch, dtype=torch.long)
-    trees = tree.on(CPU).rows(batch)
-    ours = acceptance.walk(trees, tokens, logits, rows, root, early_exit=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acceptance, "can_walk", lambda _: False)
-        for early_exit in (True, False):
-            want = acceptance.walk(trees, tokens, logits, rows, root, early_exit=early_exit)
-            for name in ("node", "num_accepted", "next_root"):
-                assert torch.equal(getattr(ours, name), getattr(want, name)), name
 
 
 def gap(ours: Tensor, exact: Tensor) -> float:
