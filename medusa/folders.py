@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_ABANDONED_S = 24 * 3600.0  # no writer pauses so long
 
 
 @contextmanager
@@ -15,10 +19,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `target` when the block ends, and is gone if the block raises.
 
     An existing `target` is replaced, and stays as it was where that fails. What a writer had just taken away when it was
-    killed is put back first. Whoever may read the folder may read what is in it.
+    killed is put back first, and what it left half-written is deleted when it has not been touched for a day. Whoever may
+    read the folder may read what is in it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _put_back(target)
+    _delete_abandoned(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
         made, old = Path(work) / "made", Path(work) / "old"
         made.mkdir()
@@ -43,7 +49,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def _put_back(target: Path) -> None:
     """The old folder, where a writer was killed between taking it away and putting the new one in its place."""
     if not target.exists():
-        # Of eight random characters, so none of another target's: `.name-more-xxxxxxxx`.
-        for old in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}/old"):
-            os.replace(old, target)
-            return
+        for work in _work_folders(target):
+            if (work / "old").exists():
+                os.replace(work / "old", target)
+                return
+
+
+def _delete_abandoned(target: Path) -> None:
+    """What killed writers left, once `_put_back` has had its pick: by age alone, since a writer may be on another machine."""
+    for work in _work_folders(target):
+        with suppress(OSError):  # its writer finishes
+            touched = max(path.lstat().st_mtime for path in (work, *work.rglob("*")))
+            if time.time() - touched > _ABANDONED_S and {path.name for path in work.iterdir()} <= {"made", "old"}:
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folders(target: Path) -> list[Path]:
+    """Of all writers of `target`. Of eight random characters, so none of another target's: `.name-more-xxxxxxxx`."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}/"))

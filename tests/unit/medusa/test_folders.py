@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,30 @@ def test_whoever_may_read_the_folder_may_read_what_is_in_it(tmp_path: Path) -> N
     for path in (tmp_path / "made" / "text", tmp_path / "made" / "deep" / "text"):
         assert path.stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "made" / "deep").stat().st_mode & 0o777 == 0o750
+
+
+def test_what_killed_writers_left_is_deleted_when_nobody_can_be_writing_it_any_more(tmp_path: Path) -> None:
+    def left(name: str, *, part: str = "made", touched_h: float = 0.0) -> str:
+        work = tmp_path / name
+        (work / part / "deep").mkdir(parents=True)
+        (work / part / "deep" / "text").write_text("torn")
+        for path in (work, *work.rglob("*")):
+            os.utime(path, (time.time() - 90_000,) * 2)
+        os.utime(work / part / "deep" / "text", (time.time() - 3600 * touched_h,) * 2)
+        return name
+
+    left(".made-abcd_123", touched_h=25)
+    left(".made-abcd_124", part="old", touched_h=25)
+    (tmp_path / "made").mkdir()
+    kept = {
+        "made",
+        left(".made-abcd_125", touched_h=23),
+        left(".made-more-abcd_123", touched_h=25),
+        left(".made-settings", part="own", touched_h=25),
+    }
+    with whole_folder(tmp_path / "made") as folder:
+        (folder / "text").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("fails", ["the block", "the last move"])
