@@ -27,7 +27,7 @@ from deploy.app import create_app
 from deploy.autoscaling import RUNNING, SLOTS, WAITING
 from deploy.heads import STAND_INS
 from deploy.outlets import RayOutlet
-from deploy.replica import ModelHost
+from deploy.replica import ModelHost, overlaid
 from deploy.service import Service
 from medusa.errors import MedusaError
 from pipelines.cluster import ray_session
@@ -75,7 +75,9 @@ class Replica:
         for package in ("medusa", "pipelines", "deploy"):
             logging.getLogger(package).setLevel(logging.INFO)
             logging.getLogger(package).handlers = logging.getLogger("ray.serve").handlers
-        self._host = ModelHost(Config.model_validate(config), _make_app, outlets=[RayOutlet()])
+        valid = Config.model_validate(config)
+        self._settings = valid.serve
+        self._host = ModelHost(valid, _make_app, outlets=[RayOutlet()])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._host.app
@@ -83,6 +85,8 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config` of the deployment: keys of the section `serve`, changed without a new replica."""
         await asyncio.to_thread(self._host.reconfigure, user_config)
+        if (told := beyond_limits(self._settings, user_config)) is not None:
+            logger.warning("%s", told)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -135,6 +139,22 @@ def _limits(settings: ServeSection) -> dict[str, int]:
     """Of Serve's own admission, whose refusals are plain text: behind the engine loop's, which are OpenAI error objects."""
     limit = max(LEAST_LIMIT, 2 * (settings.max_batch_size + settings.max_waiting))
     return {"max_ongoing_requests": limit, "max_queued_requests": limit}
+
+
+def beyond_limits(settings: ServeSection, user_config: Mapping[str, Any]) -> str | None:
+    """What to say where a `user_config` admits more than Serve's own limits, made from `settings`, let through; else None.
+
+    A replica is not told reliably of limits that the deployment sets itself, so this can only be said with an unless.
+    """
+    admits = overlaid(settings, user_config)
+    num_admitted, limit = admits.max_batch_size + admits.max_waiting, _limits(settings)["max_ongoing_requests"]
+    if num_admitted < limit:
+        return None
+    return (
+        f"user_config admits {num_admitted} requests (max_batch_size {admits.max_batch_size}, max_waiting "
+        f"{admits.max_waiting}), Ray Serve lets {limit} through and refuses the others in plain text, unless the deployment's "
+        "max_ongoing_requests and max_queued_requests are higher; set them, or set max_waiting in args.serve"
+    )
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import socket
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +116,21 @@ def test_serves_admission_lies_behind_the_engines(settings: dict[str, int]) -> N
     config = serve.build({"serve": settings})._bound_deployment._deployment_config
     for limit in (config.max_ongoing_requests, config.max_queued_requests):
         assert limit > admitted.max_batch_size + admitted.max_waiting
+
+
+def test_a_user_config_that_admits_more_than_serve_lets_through_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def reconfigure(max_waiting: int, *args: str) -> str:
+        host = SimpleNamespace(reconfigure=lambda given: None)
+        replica = SimpleNamespace(_host=host, _settings=load_config(None, args).serve)
+        caplog.clear()
+        asyncio.run(serve.Replica.func_or_class.reconfigure(replica, {"max_waiting": max_waiting}))  # type: ignore[attr-defined]
+        return caplog.text
+
+    told = reconfigure(500)
+    assert "user_config admits 508 requests" in told
+    assert "lets 256 through" in told
+    assert not reconfigure(200)
+    assert not reconfigure(500, "serve.max_waiting=500")
 
 
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:
