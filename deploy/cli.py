@@ -12,6 +12,8 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -37,6 +39,12 @@ STAGES = {
 
 class OneLineErrors(TyperGroup):
     """Turns errors that are written for the user into one line on stderr and exit code 2."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except TyperException as error:
+            _fail(_with_value(error))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,11 +79,34 @@ def _fail(message: str) -> NoReturn:
     raise Exit(2)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("medusa-ray"))
+        raise Exit(0)
+
+
+def _help_alone(ctx: typer.Context) -> None:
+    """Without a command, the help, as an error."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help(), file=sys.stderr)
+        raise Exit(2)
+
+
+def _alone(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _help_alone(ctx)
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     name="medusa",
     help="MEDUSA decoding: generate, chat, train heads, serve.",
-    no_args_is_help=True,
+    callback=_alone,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -252,7 +283,8 @@ def promote(
     _stage("promote")(overrides=[*(overrides or ()), *flags], config=config)
 
 
-registry_commands = typer.Typer(cls=OneLineErrors, help="Look at the registry of heads.", no_args_is_help=True)
+_group = partial(typer.Typer, cls=OneLineErrors, callback=_help_alone, invoke_without_command=True)
+registry_commands = _group(help="Look at the registry of heads.")
 app.add_typer(registry_commands, name="registry")
 
 
@@ -284,13 +316,8 @@ def list_versions(
     Console(highlight=False).print(versions_table(entries))
 
 
-key_commands = typer.Typer(cls=OneLineErrors, help="API keys of a server.", no_args_is_help=True)
+key_commands = _group(help="API keys of a server.")
 app.add_typer(key_commands, name="key")
-
-
-@key_commands.callback()
-def _keys() -> None:
-    """API keys of a server."""
 
 
 @key_commands.command("new")
@@ -341,9 +368,7 @@ app.add_typer(cli_formats.commands)  # without a name: its commands stand beside
 @app.command()
 def version() -> None:
     """Print the version."""
-    import medusa
-
-    print(medusa.__version__)
+    _print_version(True)
 
 
 def read_messages(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.config import Config
-from pipelines.credentials import without_credentials
+from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.registry_lock import Lease, RegistryLock
 from pipelines.tracking import AWAY
@@ -42,6 +42,7 @@ _REMEMBERED = 200  # champions
 _EXPECTED = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _BUSY = "TEMPORARILY_UNAVAILABLE"  # a database that rolled back: SQLite under another writer
 _PATIENCE_S = 6.0
+_DATABASES = ("postgresql", "mysql", "mssql")  # that MLflow keeps its tables in, besides SQLite
 _KEPT, _UNUSED_S = 4, 24 * 3600.0  # fetched versions; a replica has loaded what it fetched long before a day is over
 
 
@@ -95,7 +96,7 @@ def existing_registry(config: Config) -> Registry:
 def open_registry(config: Config) -> Registry:
     """The registry of a configuration; its SQLite file, and the working directory for it, is made on first use.
 
-    TrackingUnreachable, after a few seconds of trying, where no server answers.
+    TrackingUnreachable, after a few seconds of trying, where no server answers; StageError where its driver is missing.
     """
     uri, artifacts = tracking_uri(config), config.registry.artifact_uri
     local = uri.startswith("sqlite:")
@@ -103,6 +104,8 @@ def open_registry(config: Config) -> Registry:
         config.layout.root.mkdir(parents=True, exist_ok=True)
     if uri.startswith(("http://", "https://")):
         await_server(uri, patience_s=_PATIENCE_S)
+    elif uri.startswith(_DATABASES):
+        await_database(uri, patience_s=_PATIENCE_S)
     # MLflow sets a new SQLite database up without a lock of its own; two at once would spoil it.
     with FileLock(config.layout.root / ".registry.lock") if local else contextlib.nullcontext():
         return Registry(
@@ -137,6 +140,34 @@ def await_server(uri: str, *, patience_s: float) -> None:
                 f"no MLflow server answers at {without_credentials(uri)} ({reason}); start it, or set registry.tracking_uri"
             )
         time.sleep(0.5)
+
+
+def await_database(uri: str, *, patience_s: float) -> None:
+    """The same for a database server, which MLflow would go on asking for minutes. StageError without its driver."""
+    import sqlalchemy
+
+    shown = without_credentials(uri)
+    try:
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    except ImportError as error:
+        raise StageError(
+            f"the registry at {shown} needs the Python package {error.name!r}: install it, or name another driver in "
+            "registry.tracking_uri, as in postgresql+psycopg2://"
+        ) from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise _failure(uri, error) from None
+    began = time.monotonic()
+    while True:
+        try:
+            engine.connect().close()
+        except sqlalchemy.exc.OperationalError as error:
+            if time.monotonic() - began > patience_s:
+                raise TrackingUnreachable(
+                    f"no database answers at {shown} ({one_line(error.orig or error)}); start it, or set registry.tracking_uri"
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
 
 
 class Registry:

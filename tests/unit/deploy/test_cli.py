@@ -267,8 +267,19 @@ def test_a_new_key_opens_to_its_hash(medusa_cli: Callable[..., Result]) -> None:
     assert key not in medusa_cli("key", "new").stdout
 
 
-def test_version(medusa_cli: Callable[..., Result]) -> None:
-    assert medusa_cli("version").stdout.strip() == medusa.__version__
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version(medusa_cli: Callable[..., Result], asked: str) -> None:
+    assert medusa_cli(asked).stdout.strip() == medusa.__version__
+
+
+@pytest.mark.parametrize("group", [[], ["key"], ["registry"]])
+def test_a_group_without_a_command_shows_its_help_as_an_error(
+    medusa_cli: Callable[..., Result], group: list[str]
+) -> None:
+    result = medusa_cli(*group)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) > 5 and "Commands:" in result.stderr
+    assert_one_line_error(medusa_cli(*group, "--bogus"), "--bogus")
 
 
 def test_help_names_every_shipped_configuration(medusa_cli: Callable[..., Result]) -> None:

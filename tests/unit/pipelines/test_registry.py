@@ -20,7 +20,7 @@ from pipelines import train
 from pipelines.config import Config
 from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.records import Answers
-from pipelines.registry import TAG_DIGEST, Registry, Version, await_server, folder_digest, open_registry
+from pipelines.registry import TAG_DIGEST, Registry, Version, await_database, await_server, folder_digest, open_registry
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,25 @@ def test_a_run_that_was_deleted_is_no_run(registry: Registry) -> None:
 def test_a_gateway_without_its_server_is_no_server(gateway: str) -> None:
     with pytest.raises(TrackingUnreachable, match="HTTP 502"):
         await_server(gateway, patience_s=0.0)
+
+
+def test_a_database_that_does_not_answer_is_told_at_once_and_without_its_password(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(TrackingUnreachable, match=r"no database answers at .*127\.0\.0\.1:9.*refused") as caught:
+        await_database("postgresql+psycopg2://me:SECRET@127.0.0.1:9/mlflow", patience_s=0.0)
+    assert time.monotonic() - began < 30 and "SECRET" not in str(caught.value)
+    await_database(f"sqlite:///{tmp_path}/any.db", patience_s=0.0)
+
+
+def test_a_database_without_its_driver_is_told_by_the_drivers_name(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"workdir": tmp_path / "work", "registry": {"tracking_uri": "mysql+nodriver://me:SECRET@host/mlflow"}}
+    )
+    with pytest.raises(StageError, match="nodriver") as caught:
+        open_registry(config)
+    with pytest.raises(StageError, match="needs the Python package 'MySQLdb'"):
+        await_database("mysql://me:SECRET@host/mlflow", patience_s=0.0)
+    assert "SECRET" not in str(caught.value) and not (tmp_path / "work").exists()
 
 
 def test_a_server_that_dies_in_mid_run_is_out_of_reach(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
