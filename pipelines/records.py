@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import DistillSection
 from pipelines.errors import StageError
-from pipelines.folder_lock import alone_in
+from pipelines.folder_lock import settled
 
 TRAIN, CALIBRATION, UNUSED = "train", "calibration", "unused"  # UNUSED: nobody asks for its prompt any more
 
@@ -137,8 +136,7 @@ def _rewrite(file: Path, parts: Mapping[int, str]) -> None:
 
 def settled_answers(folder: Path, part: str) -> Answers:
     """`read_answers` while no distillation rewrites the folder. StageError where one is at work in it."""
-    writable = os.access(folder, os.W_OK)  # where one may only read there is no lock to take
-    with alone_in(folder) if writable else contextlib.nullcontext():
+    with settled(folder):
         return read_answers(folder, part)
 
 
