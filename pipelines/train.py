@@ -28,10 +28,10 @@ from pipelines.config import Config, TrainSection
 from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import meaning
-from pipelines.folder_lock import alone_in
+from pipelines.folder_lock import alone_in, settled
 from pipelines.inputs import weights_digest
 from pipelines.memory import lower
-from pipelines.records import TRAIN, Answers, settled_answers
+from pipelines.records import TRAIN, Answers, read_answers
 from pipelines.registry import TAG_DIGEST, Registry, folder_digest, open_registry, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
 from pipelines.tracking import JOURNAL, Journal, git_revision, mlflow_sender, within_reach
@@ -70,12 +70,19 @@ class TrainResult:
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
-    """Train the heads, or go on training them; one run at a time in a workdir. StageError, ConfigError, CheckpointError."""
+    """Train the heads, or go on training them; one run at a time in a workdir. StageError, ConfigError, CheckpointError.
+
+    Nothing is distilled into the workdir meanwhile: a worker that is started again reads the answers again.
+    """
+    check(config)
+    with settled(config.layout.distilled):
+        return _run(config, read_answers(config.layout.distilled, TRAIN), progress)
+
+
+def _run(config: Config, answers: Answers, progress: Progress) -> TrainResult:
     from pipelines.train_loop import HEADS, Assignment, describe, train_loop
 
-    check(config)
     shape = initial_shape(config)
-    answers = settled_answers(config.layout.distilled, TRAIN)
     name = run_name(config, answers)
     with alone_in(config.layout.training), ray_session(config):
         tracked = _track(config, name, answers, shape)

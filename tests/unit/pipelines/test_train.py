@@ -75,7 +75,7 @@ def test_metrics_that_wait_are_told_without_the_servers_password(
 def test_two_runs_do_not_train_in_one_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
     monkeypatch.setattr(
-        train, "settled_answers", lambda *_: Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
+        train, "read_answers", lambda *_: Answers(rows=(), backbone="b", sampling="{}", fingerprint="f")
     )
     monkeypatch.setattr(train, "ray_session", lambda _: pytest.fail("begun"))
     config = load_config(None, [f"workdir={tmp_path}"])
@@ -122,6 +122,28 @@ def test_no_run_begins_over_answers_that_are_being_written(tmp_path: Path, monke
     with alone_in(folder), pytest.raises(StageError, match=f"another run .* {folder}; wait"):
         train.run(config)
     assert settled_answers(folder, TRAIN) == read_answers(folder, TRAIN)
+
+
+def test_nothing_is_distilled_while_a_run_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is started again would find other answers than its run is named after."""
+    monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
+    config = load_config(None, [f"workdir={tmp_path}"])
+    folder = _distilled(config, [2, 3])
+    met = []
+
+    def begun(_: Config) -> None:
+        with pytest.raises(StageError, match="another run is at work") as refused, alone_in(folder):
+            pass
+        met.append(refused)
+        assert settled_answers(folder, TRAIN) == read_answers(folder, TRAIN)
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "ray_session", begun)
+    with pytest.raises(InterruptedError):
+        train.run(config)
+    assert met
+    with alone_in(folder):
+        pass
 
 
 def test_looking_for_answers_leaves_nothing_behind(tmp_path: Path) -> None:
