@@ -28,14 +28,17 @@ class Admission:
         self.max_wait_s = max_wait_s
         self._answer_s = 0.0  # what an answer lately took in its slot; 0 before the first
 
-    def check(self, *, in_flight: int, slots: int) -> None:
-        """EngineOverloaded for one more than `in_flight` requests, of which `slots` run."""
-        ahead = in_flight - slots + 1  # answers that must end before this one begins
-        wait_s = max(ahead, 0) * self._answer_s / slots
-        if in_flight >= slots + self.max_waiting:
-            said = f"{in_flight} requests are in flight, the most that are taken"
+    def check(self, *, ahead: int, count: int, slots: int) -> None:
+        """EngineOverloaded for a request of `count` answers behind `ahead` that run, `slots` at once, or wait. Its own wait for
+        each other however long: that is no reason to come back later."""
+        wait_s = max(ahead - slots + 1, 0) * self._answer_s / slots  # until the first of its answers begins
+        most = slots + self.max_waiting
+        if ahead + count > most:
+            said = (
+                f"{ahead} requests are in flight and this one asks for {count} more, {most} are the most that are taken"
+            )
         elif wait_s > self.max_wait_s:
-            said = f"{in_flight} requests are in flight: this one would wait about {wait_s:.0f} s to begin"
+            said = f"{ahead} requests are in flight: this one would wait about {wait_s:.0f} s to begin"
         else:
             return
         raise EngineOverloaded(f"{said}; try again later", retry_after_s=max(wait_s, 1.0))

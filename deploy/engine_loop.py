@@ -147,13 +147,18 @@ class EngineLoop:
 
     # For an event loop
 
-    def check_room(self, count: int) -> None:
-        """EngineOverloaded where the last of `count` more requests would be refused now."""
-        in_flight = self.num_in_flight + count - 1
-        self.admission.check(in_flight=in_flight, slots=self._current.engine.max_batch_size)
+    def check_room(self, count: int, *, beside: int = 0) -> None:
+        """EngineOverloaded where `count` more requests, asked together, would be refused now; `beside` of those in flight were
+        asked with them."""
+        ahead = max(self.num_in_flight - beside, 0)
+        self.admission.check(ahead=ahead, count=beside + count, slots=self._current.engine.max_batch_size)
 
-    async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Lane | None = None) -> Answer:
+    async def submit(
+        self, request: Request, *, stop: Sequence[str] = (), lane: Lane | None = None, beside: int = 0
+    ) -> Answer:
         """Queue a request and return its pieces. Closing the answer, read or unread, cancels the request.
+
+        `beside` earlier ones were asked together with it: it may wait for them as long as it takes.
 
         `lane` is the engine that the request was prepared for, by default the newest; one that was left meanwhile still
         serves it. Raises at once PromptError for what can never be served, EngineOverloaded and EngineUnavailable; the
@@ -161,7 +166,7 @@ class EngineLoop:
         """
         lane = lane or self._current
         lane.engine.check(request)
-        self.check_room(1)
+        self.check_room(1, beside=beside)
         reader = Reader(
             request=request,
             lane=lane,

@@ -67,7 +67,7 @@ async def _all_or_none(wanted: Sequence[EngineRequest], service: Service, stops:
     answers: list[Answer] = []
     async with AsyncExitStack() as undo:
         for each in wanted:
-            answers.append(await service.loop.submit(each, stop=stops, lane=service.lane))
+            answers.append(await service.loop.submit(each, stop=stops, lane=service.lane, beside=len(answers)))
             undo.push_async_callback(answers[-1].aclose)
         undo.pop_all()
     return answers

@@ -365,7 +365,7 @@ class ServeSection(Section):
     """What serving needs to know; the serving layer reads it, this layer only carries it.
 
     A replica follows `alias`: every `follow_s` seconds it looks who bears it (0: never) and serves that. Beside the
-    `max_batch_size` requests that run, `max_waiting` may wait, none of them longer than about `max_wait_s`; others are
+    `max_batch_size` requests that run, `max_waiting` may wait, none longer than about `max_wait_s` for others; more are
     refused with 429 at once. A replica whose engine takes `stall_after_s` over one step is replaced. One that stops gives
     its running requests `drain_s` to end. `prefix_cache_tokens` of earlier prompts and answers are kept for prompts that
     begin alike (0: none). `tree` is a number of nodes, "dynamic" or "dynamic:N" (the likeliest nodes for each context), or null

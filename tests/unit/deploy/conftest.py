@@ -144,7 +144,9 @@ class ScriptedLoop:
     def check_room(self, count: int) -> None:
         """Always room."""
 
-    async def submit(self, request: Request, *, stop: Sequence[str] = (), lane: Any = None) -> ScriptedAnswer:
+    async def submit(
+        self, request: Request, *, stop: Sequence[str] = (), lane: Any = None, beside: int = 0
+    ) -> ScriptedAnswer:
         self.requests.append(request)
         return ScriptedAnswer(self, self._pieces(request, TextStream(self._tokenizer, stop)))
 

@@ -211,6 +211,15 @@ def test_more_answers_than_an_idle_server_takes_are_a_400_that_names_the_limit(
     assert f"one request may ask for {limit}" in error["message"]
 
 
+def test_an_idle_server_takes_a_request_whose_own_answers_wait_for_each_other(
+    make_loop: Callable, serve_app: Callable
+) -> None:
+    """A 429 would have a client ask again for ever: as nothing is served, the estimate stays."""
+    with make_loop(max_wait_s=1.0) as loop, serve_app(loop, max_batch_size=BATCH) as url:
+        loop.admission.learn(60.0)
+        assert httpx.post(f"{url}/v1/chat/completions", json={**ASK, "n": BATCH + 2}).status_code == 200
+
+
 def test_overload_is_a_429_with_retry_after(make_loop: Callable, serve_app: Callable) -> None:
     with make_loop(PacedEngine, max_waiting=-BATCH) as loop, serve_app(loop) as url:
         response = httpx.post(f"{url}/v1/chat/completions", json=ASK)
