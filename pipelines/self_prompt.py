@@ -27,6 +27,7 @@ from pipelines.config import BackboneSection, Config, DistillSection, SelfPrompt
 from pipelines.errors import ConfigError, StageError
 from pipelines.pool import Pool, Watch
 from pipelines.prompts import Prompt, read_prompts
+from pipelines.records import same_sampling
 from pipelines.stage import Progress, Step
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ WRITTEN = pa.schema(
         pa.field("text", pa.string(), nullable=False),
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string()),
-        pa.field("settings", pa.string(), nullable=False),  # of the section, and the backbone
+        pa.field("settings", pa.string(), nullable=False),  # see settings_key
         pa.field("fault", pa.string()),  # why the turn is degenerate; null where it is not
         pa.field("error", pa.string()),
     ]
@@ -111,7 +112,7 @@ def _read(pool: Pool, settings: str, asked: int) -> Iterator[dict[str, Any]]:
     pool.done()
     for file in sorted(pool.folder.glob("*.parquet")):
         for row in pq.read_table(file).to_pylist():
-            if row["settings"] != settings:
+            if not same_sampling(row["settings"], settings):
                 raise ConfigError(
                     f"{pool.folder} holds prompts written with {row['settings']}, asked for is {settings}; "
                     "use another workdir, or remove it"
@@ -121,9 +122,9 @@ def _read(pool: Pool, settings: str, asked: int) -> Iterator[dict[str, Any]]:
 
 
 def settings_key(section: SelfPromptSection, backbone: BackboneSection) -> str:
-    """What a turn depends on, as one comparable string."""
+    """What a turn depends on, as one string for `same_sampling`."""
     settings = section.model_dump(include={"max_tokens", "temperature", "top_p", "seed"})
-    return json.dumps(settings | {"backbone": backbone.name}, sort_keys=True)
+    return json.dumps(settings | {"backbone": backbone.name, "dtype": backbone.decodes_in}, sort_keys=True)
 
 
 # Judging

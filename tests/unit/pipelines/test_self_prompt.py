@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import medusa
 from medusa.engine import Engine
-from pipelines.config import SelfPromptSection
-from pipelines.errors import StageError
+from pipelines.config import BackboneSection, DistillSection, SelfPromptSection
+from pipelines.errors import ConfigError, StageError
+from pipelines.pool import Pool
 from pipelines.self_prompt import (
     WRITTEN,
     NearDuplicates,
     OpenTurn,
     _grams,
     _normal,
+    _read,
     choose,
     fault_of,
     open_turn,
+    settings_key,
     similarity,
     write_turns,
 )
@@ -146,3 +151,19 @@ def test_prefix_filtering_finds_what_comparing_all_pairs_finds(texts: list[str],
         if new:
             kept.append(grams)
         assert fast.add(text) == new
+
+
+def test_turns_of_another_dtype_are_refused_and_those_that_name_none_stand(tmp_path: Path) -> None:
+    pool = Pool(folder=tmp_path, key="number", worker=object, args=(), settings=DistillSection())
+    wanted = {dtype: settings_key(SECTION, BackboneSection(dtype=dtype)) for dtype in ("auto", "bfloat16", "int8")}
+    assert wanted["auto"] == wanted["bfloat16"]
+    earlier = {name: value for name, value in json.loads(wanted["int8"]).items() if name != "dtype"}
+    for settings in (json.dumps(earlier, sort_keys=True), wanted["int8"]):
+        row = {"number": "0", "text": "t", "response_ids": [1], "settings": settings}
+        pq.write_table(pa.Table.from_pylist([row], schema=WRITTEN), tmp_path / "0.parquet")
+        assert [row["text"] for row in _read(pool, wanted["int8"], 1)] == ["t"]
+        if settings == wanted["int8"]:
+            with pytest.raises(ConfigError, match=r'written with .*"dtype": "int8".*asked for is .*"bfloat16"'):
+                list(_read(pool, wanted["auto"], 1))
+        else:
+            assert list(_read(pool, wanted["auto"], 1))
