@@ -6,8 +6,8 @@ Shapes of a record, the first that fits:
     turns          MT-Bench         ["first question", "second question"]
     instruction    Alpaca           with an optional "input"
     prompt | text | question        plain text
-Only what the user said (and a system or developer message) is kept: the backbone writes the answers itself, turn by
-turn. A record may carry its own `id`, `source`, `category`, `temperature`, `top_p` and `seed`.
+Only what the user said (and one system or developer message before it) is kept: the backbone writes the answers itself, turn
+by turn. A record may carry its own `id`, `source`, `category`, `temperature`, `top_p` and `seed`.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def _chat(messages: Iterable[Any], role_key: str, text_key: str) -> tuple[str | 
     for message in messages:
         if not isinstance(message, Mapping) or role_key not in message:
             raise ValueError(f"a message without {role_key!r}: {message!r:.60}")
-        if message[role_key] in _SYSTEM and not turns:
+        if message[role_key] in _SYSTEM:
+            if turns or system is not None:  # dropped or joined, it would be distilled otherwise than it is served
+                raise ValueError(f"a {message[role_key]} message that is not the one at the beginning: join them there")
             system = _text(message.get(text_key))
         elif message[role_key] in _USER:
             turns.append(_text(message.get(text_key)))

@@ -72,6 +72,12 @@ def test_each_shape_gives_the_users_turns(row: dict[str, Any], turns: tuple[str,
     assert prompt.id == parse_prompt(row, source="s").id
 
 
+@pytest.mark.parametrize("roles", [("system", "developer", "user"), ("user", "assistant", "developer", "user")])
+def test_a_system_message_that_cannot_be_kept_is_refused_by_name(roles: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="a developer message that is not the one at the beginning"):
+        parse_prompt({"messages": [{"role": role, "content": role} for role in roles]}, source="s")
+
+
 @pytest.mark.parametrize(
     "row",
     [
