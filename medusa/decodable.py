@@ -71,7 +71,11 @@ def check_decodable(backbone: Backbone) -> None:
         ours = backbone.logits(backbone.step_alone(ids)).double()
         theirs = own_logits(backbone, ids)
         if not theirs.isfinite().all():
-            raise BackboneError(f"{kind} overflows {str(model.dtype).removeprefix('torch.')}; use bfloat16 or float32")
+            raise BackboneError(
+                f"{kind} overflows float16; use bfloat16 or float32"
+                if model.dtype == torch.float16
+                else f"{kind} gives no numbers in its own forward: its weights are damaged; load them from a sound copy"
+            )
         gap = _gap(ours, theirs)
         if gap <= TOLERANCE[backbone.weight_dtype]:
             return

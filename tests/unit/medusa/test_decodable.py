@@ -95,3 +95,12 @@ def test_a_model_that_overflows_its_type_is_told_so() -> None:
         model.get_output_embeddings().weight *= 1e5
     with pytest.raises(BackboneError, match="llama overflows float16; use bfloat16 or float32"):
         check_decodable(backbone_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_damaged_weights_are_not_called_an_overflow(dtype: torch.dtype) -> None:
+    model = make_tiny_backbone_model("llama", dtype=dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = float("nan")
+    with pytest.raises(BackboneError, match=r"llama gives no numbers .*: its weights are damaged; load them"):
+        check_decodable(backbone_of(model))
