@@ -75,14 +75,14 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
     Nothing is distilled into the workdir meanwhile: a worker that is started again reads the answers again.
     """
     check(config)
+    shape = initial_shape(config)
     with settled(config.layout.distilled):
-        return _run(config, read_answers(config.layout.distilled, TRAIN), progress)
+        return _run(config, read_answers(config.layout.distilled, TRAIN), shape, progress)
 
 
-def _run(config: Config, answers: Answers, progress: Progress) -> TrainResult:
+def _run(config: Config, answers: Answers, shape: HeadsConfig, progress: Progress) -> TrainResult:
     from pipelines.train_loop import HEADS, Assignment, describe, train_loop
 
-    shape = initial_shape(config)
     name = run_name(config, answers)
     with alone_in(config.layout.training), ray_session(config):
         tracked = _track(config, name, answers, shape)
@@ -155,16 +155,21 @@ def check(config: Config) -> None:
 
 
 def initial_shape(config: Config) -> HeadsConfig:
-    """The shape of the heads that training begins with. ConfigError where `heads` contradicts those that it goes on from."""
+    """The shape of the heads that training begins with. ConfigError where there are none, or where `heads` contradicts
+    those that it goes on from."""
     init_from, asked = config.train.init_from, config.heads.asked
     if init_from == "none":
         return HeadsConfig(**asked)
-    shape = load_checkpoint(heads_folder(init_from, config.backbone.name)).heads.config
+    try:
+        folder = heads_folder(init_from, config.backbone.name)
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; to train fresh ones, set train.init_from=none") from None
+    shape = load_checkpoint(folder).heads.config
     for name, value in asked.items():
         if value != (has := getattr(shape, name)):
             raise ConfigError(
                 f"heads.{name} {value} is for fresh heads, those of train.init_from {init_from} have {has}: leave it out, or "
-                "set train.init_from to none"
+                "set train.init_from=none"
             )
     return shape
 

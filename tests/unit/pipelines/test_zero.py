@@ -104,9 +104,14 @@ def test_heads_begin_with_their_own_shape_and_fresh_ones_with_the_configured(
 @pytest.mark.parametrize(("name", "value", "has"), [("num_heads", "3", "5"), ("kind", "medusa", "hydra")])
 def test_a_shape_that_the_heads_to_go_on_from_do_not_have_is_refused(name: str, value: str, has: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"heads\.{name} {value} .*train\.init_from default have {has}: .*init_from to none"
+        ConfigError, match=rf"heads\.{name} {value} .*train\.init_from default have {has}: .*train\.init_from=none"
     ):
         initial_shape(load_config(None, [f"heads.{name}={value}"]))
+
+
+def test_a_backbone_without_shipped_heads_is_told_how_to_begin(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no heads come with .* 'default' .*set train\.init_from=none"):
+        initial_shape(load_config(None, [f"backbone.name={tmp_path}"]))
 
 
 def test_a_runs_name_tells_what_shapes_it_and_nothing_else() -> None:
