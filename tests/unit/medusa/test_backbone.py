@@ -26,7 +26,7 @@ from transformers import (
 import medusa
 from medusa.adapters import Adapters
 from medusa.attention import layer_windows
-from medusa.backbone import DTYPES, Backbone, dtype_name, load_backbone, parse_dtype
+from medusa.backbone import DTYPES, Backbone, _place, dtype_name, load_backbone, parse_dtype
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import LogitTransform
@@ -134,6 +134,15 @@ def test_rotary_frequencies_are_the_models_own_in_any_type(tmp_path: Path, dtype
     assert set(buffers) == set(wanted) and any("inv_freq" in name for name in buffers)
     for name, buffer in buffers.items():
         torch.testing.assert_close(buffer, wanted[name], rtol=0, atol=0)
+
+
+def test_weights_that_a_model_keeps_in_float32_stay_so() -> None:
+    model = make_tiny_backbone_model("llama", dtype=torch.bfloat16)
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    _place(model, torch.device("cpu"), torch.float16)
+    kept = {name for name, weight in model.named_parameters() if weight.dtype == torch.float32}
+    assert kept == {"model.norm.weight"}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float16, torch.float32}
 
 
 def test_sources_that_do_not_exist_get_one_line(tmp_path: Path) -> None:
