@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import BackboneSection
@@ -26,9 +29,19 @@ def load_model(backbone: BackboneSection, heads: str, *, dtype: str | None = Non
     return medusa.load(backbone.name, heads=heads_choice(heads), dtype=dtype or backbone.dtype, device=backbone.device)
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: by its affinity, and by its container's share of time, begun cores counted whole."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(cgroup))))
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores whose time a container may take, as cgroup v2 or v1 says it; infinite where it is not limited."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no number
+            quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
+            return quota / period if quota > 0 else math.inf
+    return math.inf
 
 
 def use_threads(wanted: int | None, *, processes: int) -> None:
