@@ -70,13 +70,16 @@ def run(config: Config, progress: Progress = ignore_progress) -> DistillResult:
     with pool.alone():
         known = pool.done()
         written_by = _refuse_other_settings(pool.folder, config)
-        edited = align(pool.folder, {prompt.id: (prompt_digest(prompt), part) for prompt, part in wanted})
+        aligned = align(pool.folder, {prompt.id: (prompt_digest(prompt), part) for prompt, part in wanted})
         retried = {key for key, failed in known.items() if failed and config.distill.retry_errors}
-        done = known.keys() - edited - retried
+        done = known.keys() - aligned.edited - retried
         missing = [asked for asked in wanted if asked[0].id not in done]
         pool = replace(pool, args=(*pool.args, written_by))
         progress(Step(done=len(wanted) - len(missing), total=len(wanted), note="prompts"))
-        watch, tally = _answer(missing, len(wanted), pool, config, progress) if missing else (None, _tally(pool.folder))
+        if missing or aligned.changed:
+            watch, tally = _answer(missing, len(wanted), pool, config, progress)
+        else:
+            watch, tally = None, _tally(pool.folder)
     return _result(pool.folder, wanted, missing, watch, tally)
 
 
@@ -98,27 +101,31 @@ def _refuse_other_settings(folder: Path, config: Config) -> str | None:
     return written_by
 
 
-def _answer(missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress) -> tuple[Watch, _Tally]:
-    """Who watched, and what the folder holds then."""
+def _answer(
+    missing: list[Asked], total: int, pool: Pool, config: Config, progress: Progress
+) -> tuple[Watch | None, _Tally]:
+    """Who watched, if anything was missing, and what the folder holds then, of which MLflow is told."""
     before = _tally(pool.folder, without={prompt.id for prompt, _ in missing})
     with JobLog(config, f"distill-{_job(pool.folder)}", _params(config, total)) as log:
 
         def tell(num_tokens: int, turns: Counter[str]) -> None:
             counts = {"tokens": num_tokens} | {f"finish_{name}": turns[name] for name in ("stop", "length", "error")}
             # MLflow shows the metrics of the highest step, so prompts that fell out of use go on counting.
-            log.metrics(counts | {"tokens_per_s": watch.tokens_per_s}, step=before.num_unused + watch.done)
+            speed = {"tokens_per_s": watch.tokens_per_s} if missing else {}
+            log.metrics(counts | speed, step=before.num_unused + watch.done)
 
         def told(step: Step) -> None:
             progress(step)
             tell(before.num_tokens + watch.tokens, before.turns + watch.reasons)
 
         watch = Watch(told, key="prompt_id", done_before=total - len(missing), total=total, clock=time.monotonic)
-        with ray_session(config):
-            require(config, actors_needed(config, len(missing)))
-            pool.run(prompt_table(missing), watch)
+        if missing:
+            with ray_session(config):
+                require(config, actors_needed(config, len(missing)))
+                pool.run(prompt_table(missing), watch)
         after = _tally(pool.folder)
         tell(after.num_tokens, after.turns)
-    return watch, after
+    return watch if missing else None, after
 
 
 def actors_needed(config: Config, num_prompts: int) -> Need:

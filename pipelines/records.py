@@ -101,13 +101,21 @@ def _rows_of(file: Path, names: list[str]) -> list[dict[str, Any]]:
         raise StageError(f"{file} is not a file of distilled answers that can be read: {reason:.200}") from None
 
 
-def align(folder: Path, wanted: Mapping[str, tuple[str, str]]) -> set[str]:
-    """Make what is there answer what is `wanted` now: prompt id → (digest of the prompt, part). Ids whose answers went.
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Ids of the prompts whose answers went, and whether anything went or moved to another part."""
+
+    edited: set[str]
+    changed: bool
+
+
+def align(folder: Path, wanted: Mapping[str, tuple[str, str]]) -> Alignment:
+    """Make what is there answer what is `wanted` now: prompt id → (digest of the prompt, part).
 
     Answers to a prompt that was edited go, to be asked for again. Those of a prompt that nobody asks for any more stay, as
     UNUSED, for the day on which it comes back. Each file is rewritten whole or not at all.
     """
-    edited = set()
+    edited, changed = set(), False
     for file in answer_files(folder):
         rows = _rows_of(file, ["prompt_id", "part", "asked"])
         parts: dict[int, str] = {}
@@ -119,7 +127,8 @@ def align(folder: Path, wanted: Mapping[str, tuple[str, str]]) -> set[str]:
                 edited.add(row["prompt_id"])
         if [row["part"] for row in rows] != list(parts.values()):
             _rewrite(file, parts)
-    return edited
+            changed = True
+    return Alignment(edited=edited, changed=changed)
 
 
 def _rewrite(file: Path, parts: Mapping[int, str]) -> None:

@@ -20,6 +20,7 @@ from pipelines.prompts import prompt_digest
 from pipelines.records import ANSWERS, CALIBRATION, TRAIN, read_answers, sampling_key, scan
 
 TEXTS = {f"p{n}": f"question {n}" for n in range(8)}
+ANSWER = distill._answer
 Distil = Callable[..., distill.DistillResult]
 
 
@@ -94,6 +95,37 @@ def test_answers_of_a_removed_prompt_are_not_trained_on_and_come_back_with_it(di
     assert [row.id for row in read_answers(folder, TRAIN).rows] == ["p0", "p1"]
     assert distil(TEXTS, calibration_share=0.0).num_asked == 0
     assert len(read_answers(folder, TRAIN).rows) == 8
+
+
+class Log:
+    """As JobLog: what was told of, by step."""
+
+    told: list[tuple[int, dict[str, float]]]
+
+    def __init__(self, *_: object) -> None:
+        Log.told = []
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+    def metrics(self, values: dict[str, float], *, step: int) -> None:
+        self.told.append((step, values))
+
+
+def test_mlflow_is_told_of_answers_that_fell_out_of_use_though_nothing_is_asked(
+    distil: Distil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distil(TEXTS)
+    monkeypatch.setattr(distill, "_answer", ANSWER)
+    monkeypatch.setattr(distill, "JobLog", Log)
+    few = distil({name: TEXTS[name] for name in ("p0", "p1")})
+    assert (few.num_asked, few.tokens_per_s) == (0, None)
+    assert Log.told == [(8, {"tokens": 4, "finish_stop": 2, "finish_length": 0, "finish_error": 0})]
+    monkeypatch.setattr(distill, "JobLog", lambda *_: pytest.fail("opened"))
+    assert distil({name: TEXTS[name] for name in ("p0", "p1")}).num_answers == 2
 
 
 def test_answers_of_an_earlier_release_which_do_not_say_what_was_asked_stand(distil: Distil) -> None:
