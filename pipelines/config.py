@@ -534,7 +534,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {without_credentials(repr(override))} must look like section.key=value")
+        named = re.split(r"[^\w.]", override)[0]  # the rest may be a key or a password
+        raise ConfigError(f"override {named + ' …'!r} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # a date that is none
@@ -559,7 +560,7 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str =
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} must be a section of keys, got {without_credentials(repr(value))}")
+                raise ConfigError(f"{name} must be a section of keys, got a {type(value).__name__}")
             _refuse_unknown(value, section, f"{name}.")
 
 

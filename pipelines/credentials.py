@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+_NEXT_URI = r"[\s,;|=<>()\[\]{}'\"][A-Za-z][A-Za-z0-9+.-]*://"  # a password may hold :// itself
+
 
 def without_credentials(text: str) -> str:
     """`text` with the user and password of each URI in it as ***: what may stand in a message, a log or `/health`.
 
-    A password goes as far as it can, up to the last @ before a space or the next URI, since one may hold / and @ itself.
+    A password goes as far as it can, up to the last @ before a space or the next URI, since one may hold / and @ itself; so
+    a path behind a port that holds an @ goes with it. A user without a password ends at the first /: s3://bucket/a@b has none.
     """
-    return re.sub(r"://[^/\s:]*(:(?!//)((?!://)\S)*)?@", "://***@", text)
+    text = re.sub(rf"://[^/\s:]*(:(?!//)((?!{_NEXT_URI})\S)*)?@", "://***@", text)
+    return re.sub(r"([?&]\w*(?:password|secret|token)=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def one_line(error: BaseException, *, limit: int = 200) -> str:

@@ -85,12 +85,16 @@ def test_a_bad_override_is_one_line_that_names_key_and_fix(overrides: list[str],
         "serve.api_keys.0=sk-SECRET",
         "registry.tracking_uri=[http://me:SECRET@host]",
         "registry=http://me:SECRET@host",
+        "serve.api_keys sk-SECRET",
+        "registry.tracking_uri:http://me:SECRET@host",
+        "serve.api_keys",
+        "serve=sk-SECRET",
     ],
 )
 def test_what_a_message_refuses_it_tells_without_keys_and_passwords(override: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text("serve: {api_keys: []}\n")
-    with pytest.raises(ConfigError, match=r"serve\.api_keys|registry") as caught:
+    with pytest.raises(ConfigError, match=r"serve|registry") as caught:
         load_config(file, [override])
     assert "SECRET" not in str(caught.value)
 

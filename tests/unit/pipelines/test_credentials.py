@@ -15,6 +15,8 @@ from pipelines.credentials import without_credentials
         ("s3://bucket/a@b, http://host:5000 and me@host", "s3://bucket/a@b, http://host:5000 and me@host"),
         ("http://user:p@ss/word@h:1", "http://***@h:1"),
         ("http://me@my.org:pass@h:1/x", "http://***@h:1/x"),
+        ("http://u:a://b@host at http://h", "http://***@host at http://h"),
+        ("postgresql://db/x?user=me&sslPassword=SECRET&a=b", "postgresql://db/x?user=me&sslPassword=***&a=b"),
         ("http://a:b@c,http://d:e@f,http://g@h,http://i", "http://***@c,http://***@f,http://***@h,http://i"),
     ],
 )
