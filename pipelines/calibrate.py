@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import CalibrateSection, Config, Layout
-from pipelines.inputs import inputs_key, machine, weights_digest
+from pipelines.inputs import inputs_key, machine, require_unchanged, weights_digest
 from pipelines.models import load_model, use_threads
 from pipelines.records import CALIBRATION, Answers, settled_answers
 from pipelines.stage import Progress, Step, ignore_progress, main
@@ -66,7 +66,10 @@ class CalibrateResult:
 
 
 def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult:
-    """Calibrate the checkpoint in the working directory on the calibration answers. Raises StageError, CheckpointError."""
+    """Calibrate the checkpoint in the working directory on the calibration answers.
+
+    Raises CheckpointError, StageError (also where its weights change meanwhile: then it gets no tree).
+    """
     from medusa.backbone import dtype_name
     from medusa.confidence import fit_temperatures
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
@@ -74,10 +77,11 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     answers = settled_answers(config.layout.distilled, CALIBRATION)
     if json.loads(answers.sampling)["temperature"] > 0:
         logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
-    key = _inputs(config, answers)
+    weights = weights_digest(config.layout.checkpoint)
+    key = _inputs(config, weights, answers)
     record = _record_in(config.layout.calibration)
     if not config.calibrate.again and record is not None and record.get("inputs") == key:
-        return _result(config, record, measured_before=True)
+        return _result(config, record, weights, measured_before=True)
     use_threads(None, processes=1)
     model = load_model(config.backbone, str(config.layout.checkpoint))
     assert model.heads is not None
@@ -90,7 +94,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     curve = tuple(SizeCost(nodes=n, expected_tokens=expected[n], step_s=step_s[n]) for n in sorted(step_s))
     record = {
         "inputs": key,
-        "weights": weights_digest(config.layout.checkpoint),
+        "weights": weights,
         "num_nodes": chosen,
         "num_answers": len(answers.rows),
         "device": f"{model.backbone.device}, {dtype_name(model.backbone.step_dtype)}",
@@ -106,15 +110,15 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     (folder / RECORD).unlink(missing_ok=True)  # a record says that all else is there
     draw_tree(folder / "tree.png", paths[: chosen - 1], hits.accuracy)
     draw(folder / PLOT, curve, chosen, record["expected_tokens"])
-    result = _result(config, record)
+    result = _result(config, record, weights)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def _inputs(config: Config, answers: Answers) -> str:
-    """Names all that the calibration depends on."""
+def _inputs(config: Config, weights: str, answers: Answers) -> str:
+    """Names all that the calibration of weights, given by their digest, depends on."""
     return inputs_key(
-        weights_digest(config.layout.checkpoint),
+        weights,
         config.backbone.model_dump(mode="json"),
         [answers.backbone, answers.fingerprint],
         config.calibrate.model_dump(mode="json", exclude={"again"}),
@@ -137,11 +141,12 @@ def _record_in(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _result(config: Config, record: dict[str, Any], *, measured_before: bool = False) -> CalibrateResult:
-    """Give the checkpoint the tree that a calibration found."""
+def _result(config: Config, record: dict[str, Any], weights: str, *, measured_before: bool = False) -> CalibrateResult:
+    """Give the checkpoint the tree that a calibration of `weights` found. StageError where it has others by now."""
     from medusa.checkpoint import load_checkpoint, save_checkpoint
 
     checkpoint = load_checkpoint(config.layout.checkpoint)
+    require_unchanged(config.layout.checkpoint, weights_digest, weights)
     chosen = int(record["num_nodes"])
     told = {"nodes": chosen, "answers": record["num_answers"], "chosen for": record["device"]}
     save_checkpoint(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import Config, EvaluateSection
 from pipelines.errors import StageError
-from pipelines.inputs import inputs_key, machine
+from pipelines.inputs import inputs_key, machine, require_unchanged
 from pipelines.models import load_model, use_threads
 from pipelines.prompts import Prompt, evaluation_prompts
 from pipelines.registry import folder_digest, open_registry
@@ -91,13 +91,15 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     """Measure the checkpoint in the working directory, and log the report to the registry if that is in reach.
 
     A report that was made of the same checkpoint, prompts and settings on such a machine stands as it is.
-    Raises StageError (also where no answer has a second token), CheckpointError, ConfigError, PromptError, ValueError.
+    Raises StageError (also where no answer has a second token, and where the checkpoint changes meanwhile), CheckpointError,
+    ConfigError, PromptError, ValueError.
     """
     settings, folder = config.evaluate, config.layout.checkpoint
     if not folder.is_dir():
         raise StageError(f"no checkpoint at {folder}; run `train` first")
     prompts = evaluation_prompts(settings)
-    key = _inputs(config, prompts)
+    digest = folder_digest(folder)
+    key = _inputs(config, digest, prompts)
     if not settings.again and (made := report_of(config.layout.evaluation, key)) is not None:
         return EvaluateResult(
             evaluation=made.evaluation, details=made.details, report=made.page, plot=made.plot, measured_before=True
@@ -119,6 +121,8 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     differences = differing(model, questions, plain, by_tree[0])
     checked, precise_differences = _check_identity(config, model, questions, plain, by_tree[0], told)
     headline = cases[0]
+    quality = _quality(config, model, prompts) if is_tuned(model) else None
+    require_unchanged(folder, folder_digest, digest)
     evaluation = Evaluation(
         num_prompts=headline.overall.num_answers,
         num_tokens=headline.overall.num_tokens,
@@ -134,9 +138,9 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
         identity_checked=checked,
         identity_differing=len(precise_differences),
         prompts_digest=_digest(questions, settings),
-        checkpoint_digest=folder_digest(folder),
+        checkpoint_digest=digest,
         tuned=is_tuned(model),
-        quality=_quality(config, model, prompts) if is_tuned(model) else None,
+        quality=quality,
     )
     details = Details(cases=cases, differences=tuple(dict.fromkeys([*differences, *precise_differences])))
     steps = [one.tokens_per_step[1:] for one in by_tree[0]]
@@ -145,12 +149,12 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     return EvaluateResult(evaluation=evaluation, details=details, report=report, plot=plot)
 
 
-def _inputs(config: Config, prompts: Sequence[Prompt]) -> str:
-    """Names all that the evaluation depends on. ConfigError where `evaluate.text` cannot be read."""
+def _inputs(config: Config, checkpoint: str, prompts: Sequence[Prompt]) -> str:
+    """Names all that the evaluation of a checkpoint (its digest) depends on. ConfigError where `evaluate.text` cannot be read."""
     from pipelines.quality import heldout_paragraphs
 
     return inputs_key(
-        folder_digest(config.layout.checkpoint),
+        checkpoint,
         config.backbone.model_dump(mode="json"),
         [asdict(prompt) for prompt in prompts],
         config.evaluate.text and heldout_paragraphs(config.evaluate.text),

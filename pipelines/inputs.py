@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.errors import StageError
 from pipelines.models import num_cores
 
 
@@ -24,6 +26,19 @@ def weights_digest(folder: Path) -> str:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def require_unchanged(folder: Path, digest: Callable[[Path], str], before: str) -> None:
+    """StageError unless the `digest` of what was measured, `before`, is still that of what lies in `folder`."""
+    try:
+        now = digest(folder)
+    except OSError as error:  # it is being replaced
+        now = type(error).__name__
+    if now != before:
+        raise StageError(
+            f"{folder} changed while it was measured (digest {before[:16]} before, {now[:16]} now): `train` or `calibrate` put "
+            "something else there; run this again"
+        )
 
 
 def machine() -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,6 +76,20 @@ def config(tiny_folder: Path, tmp_path: Path) -> Config:
     return made
 
 
+def _train_again(config: Config) -> None:
+    """Other weights in the checkpoint's folder, as a training that ends puts them there."""
+    checkpoint = load_checkpoint(config.layout.checkpoint)
+    with torch.no_grad():
+        next(checkpoint.heads.parameters()).add_(1.0)
+    save_checkpoint(
+        config.layout.checkpoint,
+        checkpoint.heads,
+        paths=checkpoint.paths,
+        backbone_name=checkpoint.backbone_name,
+        backbone_fingerprint=checkpoint.backbone_fingerprint,
+    )
+
+
 def test_answers_that_are_being_written_are_not_calibrated_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "_TIMEOUT_S", 0.05)
     with alone_in(config.layout.distilled), pytest.raises(StageError, match="another run is at work"):
@@ -106,16 +121,23 @@ def test_the_same_weights_and_answers_get_the_same_tree_back_without_measuring(
         settings = config.calibrate.model_copy(update=changes)
         with pytest.raises(Measured):
             calibrate.run(config.model_copy(update={"calibrate": settings}))
-    checkpoint = load_checkpoint(config.layout.checkpoint)
-    with torch.no_grad():
-        next(checkpoint.heads.parameters()).add_(1.0)
-    save_checkpoint(
-        config.layout.checkpoint,
-        checkpoint.heads,
-        paths=checkpoint.paths,
-        backbone_name=checkpoint.backbone_name,
-        backbone_fingerprint=checkpoint.backbone_fingerprint,
-    )
+    _train_again(config)
     assert not calibrate.is_current(config.layout)
     with pytest.raises(Measured):  # other weights
         calibrate.run(config)
+
+
+def test_weights_that_were_not_measured_get_no_tree(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_cost = calibrate.measure_cost
+
+    def while_a_training_ends(*args: Any) -> dict[int, float]:
+        _train_again(config)
+        return measure_cost(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "measure_cost", while_a_training_ends)
+        with pytest.raises(StageError, match="checkpoint changed while it was measured"):
+            calibrate.run(config)
+    assert not calibrate.is_current(config.layout)
+    assert load_checkpoint(config.layout.checkpoint).default_nodes is None
+    assert not calibrate.run(config).measured_before

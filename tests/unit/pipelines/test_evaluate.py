@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from pipelines.evaluate import ask, compare, depth_reached, differing, figures, 
 from pipelines.prompts import Prompt
 from pipelines.quality import compare_backbones, heldout_paragraphs
 from pipelines.registry import folder_digest
-from pipelines.report import Details, write_report
+from pipelines.report import Details, Difference, write_report
 from pipelines.timing import Trace
 from tests.tiny_models import make_tiny_backbone_model, save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
@@ -124,6 +126,25 @@ def test_a_report_of_the_same_inputs_stands_and_of_others_does_not(
     with pytest.raises(Measured):  # cut off while it was written
         evaluate.run(config)
     page.write_text(whole)
+
+
+def test_a_report_is_of_the_checkpoint_that_was_measured_or_there_is_none(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.evaluate.model_copy(update={"num_prompts": 1, "schemes": (), "nodes": ()})
+    here = config.model_copy(update={"workdir": tmp_path, "evaluate": settings})
+    shutil.copytree(config.layout.checkpoint, here.layout.checkpoint)
+    check_identity = evaluate._check_identity
+
+    def while_a_training_ends(*args: Any) -> tuple[int, list[Difference]]:
+        found = check_identity(*args)
+        (here.layout.checkpoint / "README.md").write_text("of other heads")
+        return found
+
+    monkeypatch.setattr(evaluate, "_check_identity", while_a_training_ends)
+    with pytest.raises(StageError, match="checkpoint changed while it was measured"):
+        evaluate.run(here)
+    assert not here.layout.evaluation.exists()
 
 
 def test_a_text_that_is_not_there_is_named_before_anything_is_measured(config: Config, tmp_path: Path) -> None:
