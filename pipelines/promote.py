@@ -78,8 +78,8 @@ def run(config: Config, progress: Progress = ignore_progress, *, measure: Measur
                 continue
             record = _record(champion, reasons, comparison, passed=True)
             previous = {TAG_PREVIOUS: str(champion.number)} if champion else {}
+            registry.crown([*registry.champions(), challenger.number], lease)  # tags tell of what has happened
             registry.tag(challenger.number, {TAG_GATE: record, TAG_ROLLED_BACK: "", **previous})
-            registry.crown([*registry.champions(), challenger.number], lease)
         progress(Step(done=1, total=1, note=f"version {challenger.number}"))
         return PromoteResult(
             champion=challenger.number,
@@ -106,9 +106,9 @@ def rollback(config: Config) -> PromoteResult:
             raise StageError(
                 f"version {champion} of {registry.model_name} is its first champion: there is none to go back to"
             )
+        registry.crown(earlier, lease)
         registry.tag(champion, {TAG_ROLLED_BACK: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
         registry.tag(earlier[-1], {TAG_ROLLED_BACK: ""})
-        registry.crown(earlier, lease)
     return PromoteResult(champion=earlier[-1], previous=champion)
 
 

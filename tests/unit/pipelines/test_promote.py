@@ -18,6 +18,7 @@ from pipelines.listing import list_entries
 from pipelines.promote import PromoteResult, judge, stored_evaluation
 from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
 from pipelines.registry import CHALLENGER, CHAMPION, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
+from pipelines.registry_lock import Lease
 from pipelines.report import (
     Case,
     Details,
@@ -269,6 +270,30 @@ def test_every_rollback_goes_one_champion_further_back(config: Config, registry:
     assert _promote(config, version=better, force=True).champion == better
     assert {entry.version: entry for entry in list_entries(config)}[better].verdict.startswith("forced")
     assert _promote(config, rollback=True).champion == first
+
+
+def test_whom_a_lost_lock_keeps_where_he_is_bears_no_mark_of_having_moved(
+    config: Config, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: Lease) -> None:
+        raise StageError("the registry's lock was lost")
+
+    first, better, _ = (version.number for version in registry.versions())
+    before = list_entries(config)
+    assert {entry.version for entry in before if entry.rolled_back} >= {better}
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "check", lost)
+        with pytest.raises(StageError, match="lock was lost"):
+            _promote(config, version=better, force=True)
+    assert list_entries(config) == before
+    assert _promote(config, version=better, force=True).previous == first
+    before = list_entries(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "check", lost)
+        with pytest.raises(StageError, match="lock was lost"):
+            promote.rollback(config)
+    assert list_entries(config) == before
+    assert promote.rollback(config).champion == first
 
 
 def test_an_alias_moved_by_hand_is_believed(config: Config, registry: Registry) -> None:
