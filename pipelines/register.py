@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from medusa.checkpoint import load_checkpoint
 from pipelines import calibrate
 from pipelines.config import Config, dump_config
+from pipelines.credentials import without_credentials
 from pipelines.errors import StageError
 from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
+
+logger = logging.getLogger(__name__)
 
 TAG_EVALUATION, TAG_BACKBONE = "medusa.evaluation", "medusa.backbone"
 
@@ -33,7 +37,8 @@ class RegisterResult:
 def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
     """Register the working directory's checkpoint. The same checkpoint is never registered twice, nor by two at once.
 
-    Raises StageError where it was not evaluated as it is now, CheckpointError where it is damaged.
+    Where it is a version already, what is stored of it is stored again if it was damaged there. Raises StageError where the
+    checkpoint was not evaluated as it is now, CheckpointError where it is damaged.
     """
     folder = config.layout.checkpoint
     if not folder.is_dir():
@@ -49,6 +54,8 @@ def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
     known = _known(registry, digest)
     run_id = known.run_id if known else registry.run_of(checkpoint.card, digest)
     source = known.source if known else _upload(config, registry, run_id, digest)
+    if known is not None:
+        _mend(config, registry, known, digest)
     log_report(registry, run_id, config.layout.evaluation, evaluation)
     tags = {
         TAG_DIGEST: digest,
@@ -72,6 +79,19 @@ def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
 def _known(registry: Registry, digest: str) -> Version | None:
     """The version that a checkpoint was registered as."""
     return next((version for version in registry.versions() if version.tags.get(TAG_DIGEST) == digest), None)
+
+
+def _mend(config: Config, registry: Registry, version: Version, digest: str) -> None:
+    """Store a version's checkpoint again where what is stored is not what was registered. StageError where that is in vain."""
+    if registry.is_stored(version):
+        return
+    _upload(config, registry, version.run_id, digest)
+    if not registry.is_stored(version):
+        raise StageError(
+            f"version {version.number} is damaged at {without_credentials(version.source)} and stays so when it is stored "
+            "again; delete it there, then run `register` again"
+        )
+    logger.info("version %d was damaged where it is stored, and is stored again", version.number)
 
 
 def _upload(config: Config, registry: Registry, run_id: str, digest: str) -> str:

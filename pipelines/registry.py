@@ -16,7 +16,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -309,25 +309,14 @@ class Registry:
 
         StageError where it cannot be had, or what comes is not what was registered.
         """
-        import mlflow.artifacts
-        from mlflow.exceptions import MlflowException
-
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         source = without_credentials(version.source)
         held = _holds(target, version)
         if not held:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
-                try:
-                    got = mlflow.artifacts.download_artifacts(
-                        artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
-                    )
-                except (MlflowException, OSError) as error:
-                    reason = without_credentials(" ".join(str(error).split()))[:200]
-                    raise StageError(f"version {version.number} cannot be fetched from {source}: {reason}") from error
-                if not _holds(Path(got), version):
+            with self._downloaded(version) as got:
+                if not _holds(got, version):
                     raise StageError(
-                        f"version {version.number} came damaged from {source}: its digest is {folder_digest(Path(got))}, "
+                        f"version {version.number} came damaged from {source}: its digest is {folder_digest(got)}, "
                         f"registered was {version.tags[TAG_DIGEST]}; try again, and register it again if it stays so"
                     )
                 os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
@@ -346,6 +335,33 @@ class Registry:
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(target)
         return replace(version, folder=target)
+
+    def is_stored(self, version: Version) -> bool:
+        """Do the artifacts, which are downloaded to see, hold what was registered? Where they cannot be had: no."""
+        try:
+            with self._downloaded(version) as got:
+                return _holds(got, version)
+        except StageError as error:
+            logger.warning("%s", error)
+            return False
+
+    @contextlib.contextmanager
+    def _downloaded(self, version: Version) -> Iterator[Path]:
+        """What the version's source holds now, until the block ends. StageError where it cannot be had."""
+        import mlflow.artifacts
+        from mlflow.exceptions import MlflowException
+
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as work:
+            try:
+                got = mlflow.artifacts.download_artifacts(
+                    artifact_uri=version.source, dst_path=work, tracking_uri=self.tracking_uri
+                )
+            except (MlflowException, OSError) as error:
+                raise StageError(
+                    f"version {version.number} cannot be fetched from {without_credentials(version.source)}: {one_line(error)}"
+                ) from error
+            yield Path(got)
 
     def _tidy(self) -> None:
         """Delete what was fetched, or half fetched by somebody who died, and not asked for in a day; a few are kept."""

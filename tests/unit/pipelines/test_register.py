@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 import medusa
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import WEIGHTS, save_checkpoint
 from pipelines import register
 from pipelines.calibrate import RECORD
 from pipelines.config import Config
+from pipelines.errors import StageError
 from pipelines.inputs import weights_digest
-from pipelines.registry import CHALLENGER, Registry, folder_digest, open_registry
+from pipelines.registry import CHALLENGER, TAG_DIGEST, Registry, folder_digest, open_registry
 from pipelines.report import write_report
 from tests.unit.medusa.tiny import random_heads
 from tests.unit.pipelines.test_promote import GOOD
@@ -56,6 +58,32 @@ def test_who_registers_what_another_has_just_registered_finds_that_version(
     assert (theirs.created, ours) == (True, replace(theirs, created=False))
     (version,) = open_registry(config).versions()
     assert (version.number, version.aliases) == (ours.version, (CHALLENGER,))
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"torn"), Path.unlink])
+def test_registering_again_mends_what_was_damaged_where_it_is_stored(
+    config: Config, damage: Callable[[Path], object]
+) -> None:
+    first = register.run(config)
+    registry = open_registry(config)
+    (version,) = registry.versions()
+    stored = Path(version.source.removeprefix("file://"))
+    damage(stored / WEIGHTS)
+    with pytest.raises(StageError, match="came damaged"):
+        registry.fetch(version)
+    assert register.run(config) == replace(first, created=False)
+    folder = registry.fetch(version).folder
+    assert folder is not None
+    assert folder_digest(folder) == version.tags[TAG_DIGEST]
+    (stored / "left over").touch()
+    with pytest.raises(StageError, match="stays so when it is stored again; delete it there"):
+        register.run(config)
+
+
+def test_what_is_stored_whole_is_not_stored_again(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    register.run(config)  # a replica may be fetching it at any moment
+    monkeypatch.setattr(register, "_upload", lambda *_: pytest.fail("stored again"))
+    assert not register.run(config).created
 
 
 @pytest.mark.parametrize("own", [True, False])
