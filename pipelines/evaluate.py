@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medusa.errors import CheckpointError
 from pipelines.config import Config, EvaluateSection
 from pipelines.errors import StageError
 from pipelines.inputs import inputs_key, machine, require_unchanged
@@ -167,13 +168,19 @@ def compare(config: Config, *, challenger: Path, champion: Path, progress: Progr
     """Measure two checkpoint folders side by side, as `config.evaluate` says, greedily, each with its own tree.
 
     The champion's backbone, decoding plainly, writes the conversations, sets the lengths, and is what both speedups
-    are against. Raises CheckpointError where one of them does not fit the configured backbone, StageError where no answer
-    has a second token.
+    are against. Raises CheckpointError where the challenger does not fit the configured backbone; StageError where the
+    champion does not, which is no fault of the challenger, and where no answer has a second token.
     """
     settings = config.evaluate
     prompts = evaluation_prompts(settings)
     use_threads(None, processes=1)
-    theirs = load_model(config.backbone, str(champion))
+    try:
+        theirs = load_model(config.backbone, str(champion))
+    except CheckpointError as error:
+        raise StageError(
+            f"the champion does not load with backbone.name={config.backbone.name}, so nothing is measured beside it: {error}; "
+            "set backbone.name to its backbone, or promote.force=true to promote unmeasured"
+        ) from error
     ours = _load_beside(config, theirs, challenger)
     total = len(prompts) * settings.max_turns * (1 + 3 * settings.rounds)
     done = 0

@@ -209,7 +209,7 @@ def _gate(
     try:
         compared = measure(challenger, champion)
     except (CheckpointError, StageError) as error:
-        # An outage, a cluster without room, files that are gone: no verdict on the heads. Only `force` goes on.
+        # An outage, a cluster without room, a champion that does not load: no verdict on the heads. Only `force` goes on.
         if isinstance(error, StageError) and not gate.force:
             raise
         return (f"it cannot be measured beside version {champion.number}: {error}",), None

@@ -13,7 +13,7 @@ import torch
 
 import medusa
 from medusa.backbone import Backbone
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import WEIGHTS, save_checkpoint
 from medusa.errors import CheckpointError, MedusaError
 from pipelines import evaluate, promote, register
 from pipelines.config import Config, EvaluateSection, PromoteSection
@@ -217,6 +217,20 @@ def test_a_challenger_is_fetched_and_measured_beside_the_champion(
     assert promoted.comparison.challenger.num_steps == cases[3].num_steps
     assert promoted.comparison.champion.num_steps == cases[6].num_steps
     assert promote.rollback(config).champion == 1
+
+
+def test_a_champion_that_does_not_load_is_no_fault_of_the_challenger(config: Config, tmp_path: Path) -> None:
+    folder = config.layout.checkpoint
+    other = save_tiny_folder(tmp_path / "other", "llama", seed=5)
+    foreign = config.model_copy(update={"backbone": config.backbone.model_copy(update={"name": str(other)})})
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / WEIGHTS).write_bytes(b"torn")
+    for settings, champion in ((foreign, folder), (config, damaged)):
+        with pytest.raises(StageError, match=r"the champion does not load with backbone\.name=") as caught:
+            compare(settings, challenger=folder, champion=champion)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="truncated or not safetensors"):
+        compare(config, challenger=damaged, champion=folder)
 
 
 def test_a_checkpoint_of_another_backbone_is_named(config: Config, tmp_path: Path) -> None:
