@@ -157,7 +157,7 @@ def _result(config: Config, record: dict[str, Any], weights: str, *, measured_be
         backbone_fingerprint=checkpoint.backbone_fingerprint,
         default_nodes=chosen,
         accuracy=record["accuracy"],
-        temperatures=record.get("temperatures"),  # records of older versions have none
+        temperatures=record["temperatures"],
         adapters=checkpoint.adapters,
         card=checkpoint.card | {"Tree": told},
         dtype=checkpoint.dtype,

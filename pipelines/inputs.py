@@ -13,10 +13,12 @@ from pathlib import Path
 from pipelines.errors import StageError
 from pipelines.models import num_cores
 
+VERSION = 2  # of how is measured: raised where the same inputs would give other figures than before
+
 
 def inputs_key(*parts: object) -> str:
-    """A key that two measurements share exactly when `parts` (plain values, Pydantic's JSON dumps) are equal."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """A key that two measurements of one VERSION share exactly when `parts` (plain values, Pydantic's JSON dumps) are equal."""
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_digest(folder: Path) -> str:
