@@ -361,6 +361,11 @@ class Registry:
                 raise StageError(
                     f"version {version.number} cannot be fetched from {without_credentials(version.source)}: {one_line(error)}"
                 ) from error
+            if not Path(got).is_dir():
+                raise StageError(
+                    f"version {version.number} is a file, {without_credentials(version.source)}, not a folder of heads; "
+                    "`register` makes versions of folders"
+                )
             yield Path(got)
 
     def _tidy(self) -> None:

@@ -81,6 +81,13 @@ def test_a_version_that_comes_damaged_is_refused_and_not_kept(
     assert folder_digest(folder) == version.tags[TAG_DIGEST]
 
 
+def test_a_version_made_by_hand_of_a_file_is_told(registry: Registry, tmp_path: Path) -> None:
+    made = _version(registry, tmp_path / "folder")
+    version = registry.add_version(made.run_id, f"{made.source}/heads.safetensors", {})
+    with pytest.raises(StageError, match=rf"version {version.number} is a file, .*heads\.safetensors, not a folder"):
+        registry.fetch(version)
+
+
 def test_a_copy_that_was_damaged_here_is_fetched_again(registry: Registry, tmp_path: Path) -> None:
     version = _version(registry, tmp_path / "torn")
     folder = registry.fetch(version).folder
