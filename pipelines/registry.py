@@ -311,8 +311,7 @@ class Registry:
         """
         target = self._cache / f"{self.model_name}-{version.number}-{version.run_id[:8]}"
         source = without_credentials(version.source)
-        held = _holds(target, version)
-        if not held:
+        if not _holds(target, version):
             with self._downloaded(version) as got:
                 if not _holds(got, version):
                     raise StageError(
@@ -320,18 +319,17 @@ class Registry:
                         f"registered was {version.tags[TAG_DIGEST]}; try again, and register it again if it stays so"
                     )
                 os.utime(got)  # a copy may be as old as what it is of: see `_tidy`
-                held = _holds(target, version)  # another process was first, and its copy is as good
-                if not held:
-                    shutil.rmtree(target, ignore_errors=True)
-                    try:
-                        os.replace(got, target)
-                        held = True
-                    except OSError:  # first after all
-                        held = _holds(target, version)
+                with FileLock(self._cache / f".{target.name}.lock"):
+                    if not _holds(target, version):  # else another process was first, and its copy is as good
+                        shutil.rmtree(target, ignore_errors=True)
+                        try:
+                            os.replace(got, target)
+                        except OSError as error:
+                            raise StageError(
+                                f"version {version.number} cannot be put at {target}: {one_line(error)}; delete what lies there"
+                            ) from error
             with contextlib.suppress(OSError):  # another process tidies too
                 self._tidy()
-            if not held:
-                raise StageError(f"version {version.number} could not be fetched from {source} to {target}")
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(target)
         return replace(version, folder=target)
@@ -370,7 +368,7 @@ class Registry:
 
     def _tidy(self) -> None:
         """Delete what was fetched, or half fetched by somebody who died, and not asked for in a day; a few are kept."""
-        used = {folder: folder.stat().st_mtime for folder in self._cache.iterdir()}
+        used = {folder: folder.stat().st_mtime for folder in self._cache.iterdir() if folder.is_dir()}
         for folder in sorted(used, key=lambda one: used[one], reverse=True)[_KEPT:]:
             if time.time() - used[folder] > _UNUSED_S:
                 logger.info("%s, unused for a day, makes room for newer versions", folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow.artifacts
 import pytest
 
 from medusa.checkpoint import load_checkpoint
@@ -97,6 +99,47 @@ def test_a_copy_that_was_damaged_here_is_fetched_again(registry: Registry, tmp_p
         damage()
         assert registry.fetch(version).folder == folder
         assert folder_digest(folder) == version.tags[TAG_DIGEST]
+
+
+def test_of_two_who_find_the_same_copy_damaged_none_deletes_the_others_good_one(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _version(registry, tmp_path / "torn twice")
+    rmtree, download = shutil.rmtree, mlflow.artifacts.download_artifacts
+    target = registry.fetch(version).folder
+    assert target is not None
+    (target / "heads.safetensors").write_bytes(b"torn")
+    found, deleted = [], []
+    both_have_come, both_delete, one_is_done = threading.Barrier(2), threading.Event(), threading.Event()
+
+    def fetch() -> None:
+        found.append(registry.fetch(version).folder)
+        one_is_done.set()
+
+    def at_once(**where: Any) -> str:
+        got = download(**where)
+        both_have_come.wait(30)
+        return got
+
+    def late(folder: Path, **options: Any) -> None:
+        if folder == target:
+            deleted.append(folder)
+            if len(deleted) == 1:
+                both_delete.wait(0.5)
+            else:
+                both_delete.set()
+                one_is_done.wait(5)
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", at_once)
+    monkeypatch.setattr(shutil, "rmtree", late)
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, len(deleted)) == ([target, target], 1)
+    assert folder_digest(target) == version.tags[TAG_DIGEST]
 
 
 def test_a_version_is_read_through_once_when_it_comes_and_once_when_it_is_here(
