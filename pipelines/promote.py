@@ -117,24 +117,14 @@ def judge(
 ) -> tuple[str, ...]:
     """Why the challenger must not be promoted; empty when it may. Pure.
 
-    The guard first: identity with plain decoding must have been checked in float32 and have held; a tuned backbone must
-    also have kept its perplexity. Then acceleration rate and speedup must reach the least that the gate asks for and,
-    where there is a champion, the champion's less the margins: then all of these are what was just measured.
+    The `guard` first. Then acceleration rate and speedup must reach the least that the gate asks for and, where it was
+    `compared` with a champion, the champion's less the margins: then all of these are what was just measured.
     """
+    reasons = list(guard(challenger, gate, rolled_back=rolled_back))
     if challenger is None:
-        return ("it was never evaluated",)
-    reasons = []
-    if rolled_back:
-        reasons.append(f"it was champion and rolled back on {rolled_back}")
-    if challenger.identity_checked == 0:
-        reasons.append("its identity with plain decoding was not checked (evaluate.identity_prompts is 0)")
-    if challenger.identity_differing:
-        reasons.append(
-            f"{challenger.identity_differing} of {challenger.identity_checked} float32 answers differ from plain decoding"
-        )
+        return tuple(reasons)
     if compared is not None and compared.dtype in ("float32", "float64") and compared.num_differing:
         reasons.append(f"{compared.num_differing} {compared.dtype} answers differed from plain decoding just now")
-    reasons += _quality_reasons(challenger, gate)
     found = compared.challenger if compared else challenger
     if not found.acceleration_rate >= gate.min_acceleration:
         reasons.append(
@@ -151,6 +141,26 @@ def judge(
                 f"{name.replace('_', ' ')} {ours:.2f} is more than {margin:.0%} below the champion's {theirs:.2f}"
             )
     return tuple(reasons)
+
+
+def guard(challenger: Evaluation | None, gate: PromoteSection, *, rolled_back: str | None = None) -> tuple[str, ...]:
+    """What no measurement beside a champion can mend; empty where nothing. Pure.
+
+    Identity with plain decoding must have been checked in float32 and have held; a tuned backbone must also have kept its
+    perplexity.
+    """
+    if challenger is None:
+        return ("it was never evaluated",)
+    reasons = []
+    if rolled_back:
+        reasons.append(f"it was champion and rolled back on {rolled_back}")
+    if challenger.identity_checked == 0:
+        reasons.append("its identity with plain decoding was not checked (evaluate.identity_prompts is 0)")
+    if challenger.identity_differing:
+        reasons.append(
+            f"{challenger.identity_differing} of {challenger.identity_checked} float32 answers differ from plain decoding"
+        )
+    return (*reasons, *_quality_reasons(challenger, gate))
 
 
 def _quality_reasons(challenger: Evaluation, gate: PromoteSection) -> list[str]:
@@ -192,10 +202,16 @@ def _pair(registry: Registry, config: Config) -> tuple[Version, Version | None]:
 def _gate(
     challenger: Version, champion: Version | None, gate: PromoteSection, measure: Measure
 ) -> tuple[tuple[str, ...], Comparison | None]:
-    """The reasons against, and what was measured. What the stored evaluation already forbids is not measured."""
+    """The reasons against, and what was measured. What the guard already forbids is not measured.
+
+    The stored rate and speed, of whichever machine and hour, are asked only where there is no champion to measure beside.
+    """
     evaluation = stored_evaluation(challenger)
     rolled_back = challenger.tags.get(TAG_ROLLED_BACK)
-    reasons = judge(evaluation, None, gate, rolled_back=rolled_back)
+    if champion is None:
+        reasons = judge(evaluation, None, gate, rolled_back=rolled_back)
+    else:
+        reasons = guard(evaluation, gate, rolled_back=rolled_back)
     if (
         evaluation is not None
         and challenger.tags.get(TAG_DIGEST, evaluation.checkpoint_digest) != evaluation.checkpoint_digest

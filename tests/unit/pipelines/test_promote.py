@@ -338,6 +338,21 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(config: Config, regi
         _promote(config, version=99)
 
 
+def test_beside_a_champion_rate_and_speed_are_those_measured_now_not_those_stored(
+    config: Config, registry: Registry, tmp_path: Path
+) -> None:
+    """An evaluation made on a busy machine refuses nobody; one that differs from plain decoding is not measured at all."""
+    slow = replace(GOOD, acceleration_rate=0.9, tree_tokens_per_s=45.0)
+    version = _register(registry, tmp_path / "f", "stored slow", slow)
+    with pytest.raises(PromotionRefused, match=r"speedup 0\.90 is below promote\.min_speedup 1"):
+        promote.run(config, measure=lambda *_: compared(figures(speed=45.0), figures(speed=45.0)))
+    assert promote.run(config, measure=lambda *_: compared(figures(), figures())).champion == version.number
+    promote.rollback(config)
+    _register(registry, tmp_path / "f", "differing", replace(GOOD, identity_differing=1))
+    with pytest.raises(PromotionRefused, match="1 of 4 float32 answers differ"):
+        promote.run(config, measure=lambda *_: pytest.fail("measured"))
+
+
 def test_an_outage_while_measuring_says_nothing_of_the_challenger(
     config: Config, registry: Registry, tmp_path: Path
 ) -> None:
