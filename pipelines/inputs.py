@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipelines.errors import StageError
@@ -23,10 +23,16 @@ def inputs_key(*parts: object) -> str:
 
 def weights_digest(folder: Path) -> str:
     """Hash of a checkpoint's tensors: what calibration, which writes tree and card anew, leaves as it is."""
+    return files_digest(folder, folder.glob("*.safetensors"))
+
+
+def files_digest(folder: Path, paths: Iterable[Path]) -> str:
+    """Hash of the names, below `folder`, and bytes of those of `paths` that are files, in whatever order they come."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
+    for file in sorted(path for path in paths if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)  # goes on with `digest`
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The gate: challenger to champion, and back. Knows figures and aliases; loads no model itself, `evaluate` measures.
 
 Measuring takes minutes and holds no lock. What was measured counts only for the pair that was measured: under the
-registry's lock, the aliases are read again, and a champion that changed meanwhile is measured against anew.
+registry's lock, the champion's alias is read again, and a champion that changed meanwhile is measured against anew.
 """
 
 from __future__ import annotations

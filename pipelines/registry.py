@@ -8,7 +8,6 @@ The champions that were, in order, stand in a tag of the registered model: what 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from filelock import FileLock
 from pipelines.config import Config
 from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import StageError, TrackingUnreachable
+from pipelines.inputs import files_digest
 from pipelines.registry_lock import Lease, RegistryLock
 from pipelines.tracking import AWAY
 
@@ -61,11 +61,7 @@ class Version:
 
 def folder_digest(folder: Path) -> str:
     """Hash of the names and bytes of all files below `folder`: equal folders, equal digests."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return files_digest(folder, folder.rglob("*"))[:16]
 
 
 def tracking_uri(config: Config) -> str:
@@ -526,8 +522,7 @@ class _PlainTalk:
 
 def _failure(uri: str, error: Exception) -> StageError:
     """The failure in one line; TrackingUnreachable where it is a server that does not answer."""
-    reason = without_credentials(" ".join(str(error).split()))[:300]
-    told = f"the registry at {without_credentials(uri)} fails: {reason}"
+    told = f"the registry at {without_credentials(uri)} fails: {one_line(error, limit=300)}"
     away = isinstance(error, OSError) or getattr(error, "error_code", None) in AWAY
     return TrackingUnreachable(told) if away and uri.startswith(("http://", "https://")) else StageError(told)
 
