@@ -176,7 +176,7 @@ def measured(
 
 
 def _measure(measure: Callable[..., Measured], config: str, inputs: dict[str, Any]) -> Measured:
-    """In a Ray worker; its log goes to the driver's."""
+    """In a Ray worker, whose log a cluster's driver shows."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
     return measure(Config.model_validate_json(config), progress=log_progress, **inputs)

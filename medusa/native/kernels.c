@@ -1533,11 +1533,27 @@ static int64_t chosen(const Rows *r, int64_t b, const float *x, int64_t size, in
 
 /* One row's verified tree. */
 typedef struct {
-    const float *logits; /* [nodes][vocabulary] */
-    int64_t nodes, vocabulary, root_position;
+    const void *logits; /* [nodes][vocabulary] */
+    int64_t in_half;    /* bfloat16, or float32? */
+    float *widened;     /* [vocabulary] to read a node's bfloat16 into */
+    int64_t vocabulary, root_position;
     const int64_t *tokens, *parents;
     int64_t end; /* of the nodes that may be accepted */
 } Verified;
+
+/* The logits at a node, until another's are asked for. */
+static const float *logits_at(const Verified *v, int64_t node)
+{
+    if (!v->in_half) return (const float *)v->logits + node * v->vocabulary;
+    const uint16_t *from = (const uint16_t *)v->logits + node * v->vocabulary;
+    int64_t i = 0;
+    for (; i + LANES <= v->vocabulary; i += LANES) store(v->widened + i, load_half(from + i));
+    for (; i < v->vocabulary; i++) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(v->widened + i, &bits, sizeof bits);
+    }
+    return v->widened;
+}
 
 /* Greedy and rejection acceptance: go on to the child that carries what is chosen, as long as there is one. */
 static int64_t walk(const Rows *r, int64_t b, const Verified *v, float *weights, Token *tokens, int64_t *next_root)
@@ -1545,7 +1561,7 @@ static int64_t walk(const Rows *r, int64_t b, const Verified *v, float *weights,
     int64_t node = 0, child = 0;
     for (int64_t depth = 1;; depth++) {
         node = child;
-        *next_root = chosen(r, b, v->logits + node * v->vocabulary, v->vocabulary, v->root_position + depth, weights, tokens);
+        *next_root = chosen(r, b, logits_at(v, node), v->vocabulary, v->root_position + depth, weights, tokens);
         for (child = node + 1; child < v->end && !(v->parents[child] == node && v->tokens[child] == *next_root);) child++;
         if (child == v->end) return node;
     }
@@ -1566,12 +1582,12 @@ static int64_t typical(const Rows *r, int64_t b, const Verified *v, float *weigh
     paths[0] = (Path){0, 0};
     for (int64_t i = 1; i < v->end; i++) paths[i].depth = -1;
     for (int64_t node = 0; node < v->end; node++) {
-        const float *x = v->logits + node * size;
-        Mass m = {0};
+        const float *x = NULL;
+        Mass m;
         if (paths[node].depth < 0) continue;
         for (int64_t child = node + 1; child < v->end; child++) {
             if (v->parents[child] != node) continue;
-            if (m.sum == 0) m = mass_of(x, size, temperature, weights);
+            if (!x) x = logits_at(v, node), m = mass_of(x, size, temperature, weights);
             const double log_sum = log(m.sum), entropy = log_sum - m.moment / m.sum;
             const double log_p = x[v->tokens[child]] / temperature - m.most - log_sum;
             const double least = fmin(r->epsilon[b], r->delta[b] * exp(-entropy));
@@ -1582,18 +1598,18 @@ static int64_t typical(const Rows *r, int64_t b, const Verified *v, float *weigh
         const Path *here = paths + node, *best = paths + last;
         if (here->depth > best->depth || (here->depth == best->depth && here->score > best->score)) last = node;
     }
-    *next_root = chosen(r, b, v->logits + last * size, size, v->root_position + paths[last].depth + 1, weights, tokens);
+    *next_root = chosen(r, b, logits_at(v, last), size, v->root_position + paths[last].depth + 1, weights, tokens);
     return last;
 }
 
 typedef struct {
-    int64_t weights, tokens, paths, end;
+    int64_t widened, weights, tokens, paths, end;
 } AcceptPlan;
 
 /* Where things lie in the work of one thread, in bytes from its start. */
 static AcceptPlan accept_plan(int64_t nodes, int64_t vocabulary)
 {
-    AcceptPlan p = {.weights = 0};
+    AcceptPlan p = {.widened = 0, .weights = vocabulary * (int64_t)sizeof(float)};
     p.tokens = p.weights + vocabulary * (int64_t)sizeof(float);
     p.paths = p.tokens + vocabulary * (int64_t)sizeof(Token);
     p.paths = (p.paths + LINE - 1) / LINE * LINE;
@@ -1603,9 +1619,10 @@ static AcceptPlan accept_plan(int64_t nodes, int64_t vocabulary)
 
 int64_t medusa_accept_bytes(int64_t nodes, int64_t vocabulary) { return accept_plan(nodes, vocabulary).end; }
 
-/* Which path of a verified tree each row of a batch accepts, by its own scheme: logits [batch][nodes][vocabulary], tokens and
-   parents a row each `stride` apart, the root's position in its sequence. To each row's last node and the root after it. */
-void medusa_accept(const Rows *r, const float *logits, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens,
+/* Which path of a verified tree each row of a batch accepts, by its own scheme: logits [batch][nodes][vocabulary] in bfloat16 or
+   float32, tokens and parents a row each `stride` apart, the root's position in its sequence. To each row's last node and the root
+   after it. */
+void medusa_accept(const Rows *r, const void *logits, int64_t in_half, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens,
                    int64_t token_stride, const int64_t *parents, int64_t parent_stride, const int64_t *positions, int64_t *last,
                    int64_t *next_root, char *work, int64_t threads)
 {
@@ -1616,8 +1633,14 @@ void medusa_accept(const Rows *r, const float *logits, int64_t batch, int64_t no
         float *weights = (float *)(mine + p.weights);
         Token *some = (Token *)(mine + p.tokens);
         const Verified v = {
-            logits + b * nodes * vocabulary, nodes, vocabulary, positions[b], tokens + b * token_stride, parents + b * parent_stride,
-            r->max_nodes[b] < nodes ? r->max_nodes[b] : nodes,
+            .logits = (const char *)logits + b * nodes * vocabulary * (in_half ? 2 : 4),
+            .in_half = in_half,
+            .widened = (float *)(mine + p.widened),
+            .vocabulary = vocabulary,
+            .root_position = positions[b],
+            .tokens = tokens + b * token_stride,
+            .parents = parents + b * parent_stride,
+            .end = r->max_nodes[b] < nodes ? r->max_nodes[b] : nodes,
         };
         last[b] = r->scheme[b] == TYPICAL ? typical(r, b, &v, weights, some, (Path *)(mine + p.paths), next_root + b)
                                           : walk(r, b, &v, weights, some, next_root + b);

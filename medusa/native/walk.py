@@ -28,8 +28,8 @@ class CRows(ctypes.Structure):
 
 def can_walk(logits: Tensor) -> bool:
     """Do the kernels read these logits?"""
-    on_cpu = logits.device.type == "cpu"
-    return on_cpu and logits.dtype == torch.float32 and logits.is_contiguous() and library() is not None
+    known = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    return known and logits.is_contiguous() and library() is not None
 
 
 def accepted_path(
@@ -54,6 +54,7 @@ def accepted_path(
     kernels().medusa_accept(
         ctypes.byref(CRows(*(column.data_ptr() for column in columns))),
         ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.dtype == torch.bfloat16),
         ctypes.c_int64(batch),
         ctypes.c_int64(nodes),
         ctypes.c_int64(vocab_size),

@@ -41,10 +41,17 @@ SCHEMES: list[dict[str, Any]] = [
     vocab_size=st.sampled_from([70, 777]),
     limited=st.booleans(),
     masked=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
 def test_paths_are_accepted_as_pytorch_accepts_them(
-    tree: Tree, schemes: list[dict[str, Any]], vocab_size: int, limited: bool, masked: bool, seed: int
+    tree: Tree,
+    schemes: list[dict[str, Any]],
+    vocab_size: int,
+    limited: bool,
+    masked: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Few likely tokens, so that walks go far, siblings' different ones, with ties among them; each row's own limit; and
     tokens that a grammar rules out."""
@@ -60,7 +67,7 @@ def test_paths_are_accepted_as_pytorch_accepts_them(
         SamplingParams(tree_nodes=2 + row if limited else None, seed=seed, choice=row, **scheme)
         for row, scheme in enumerate(schemes)
     ]
-    ours, want = accepted_both_ways(tree, tokens, logits, params)
+    ours, want = accepted_both_ways(tree, tokens, logits.to(dtype), params)
     for name in ("node", "num_accepted", "next_root"):
         assert torch.equal(getattr(ours, name), getattr(want, name)), name
 
