@@ -7,6 +7,7 @@ does not do passes at the value that asks for nothing (`min_p: 0`, `tools: []`),
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -50,7 +51,7 @@ def without_no_ops(fields: Any, no_ops: Mapping[str, tuple[Any, ...]]) -> Any:
         value, allowed = fields[name], no_ops[name]
         # The type counts: True == 1 in Python, but `repetition_penalty: true` is a mistake.
         if value is not None and not any(value == no_op and _alike(value, no_op) for no_op in allowed):
-            instead = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
+            instead = f" or send {' or '.join(map(json.dumps, allowed))}" if allowed else ""
             raise UnsupportedField(name, f"{name} is not supported by this server; leave it out{instead}")
     return {name: value for name, value in fields.items() if name not in no_ops}
 

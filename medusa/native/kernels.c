@@ -1,5 +1,5 @@
 /* A decoding step of Llama, Mistral, Qwen 2 or 3 on a CPU: products, norms, rotary embedding, cache and tree attention; and
-   what Medusa heads guess for it.
+   what Medusa heads guess for it and which of that is accepted.
 
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
