@@ -115,3 +115,20 @@ def test_draws_of_a_whole_vocabulary_are_those_of_pytorch(top: dict[str, Any]) -
     ours, want = accepted_both_ways(Tree.root_only(), tokens, logits, params)
     assert torch.equal(ours.next_root, want.next_root)
     assert len(set(ours.next_root.tolist())) > 100
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.85])
+def test_draws_follow_the_distribution_by_a_chi_square_test(top_p: float) -> None:
+    """As `test_sampling` does of PyTorch's: 9 degrees of freedom at most, 20,000 draws, p = 1e-4, fixed keys. With top-p 0.85 the
+    first six tokens are left."""
+    probs, count = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.015, 0.005]), 20_000
+    kept = probs.double() * (torch.arange(10) < (10 if top_p == 1 else 6))
+    expected = count * kept / kept.sum()
+    tree, logits = Tree.root_only().on(CPU).rows(count), probs.log().expand(count, 1, -1).contiguous()
+    for seed in range(5):
+        params = SamplingParams(temperature=1.0, acceptance="rejection", seed=seed, choice=seed, top_p=top_p)
+        rows, nowhere = SamplingRows.of([params] * count, CPU), torch.zeros(count, 1, dtype=torch.long)
+        drawn = acceptance.accept(tree, nowhere, logits, rows, torch.arange(count), early_exit=True).next_root
+        counts = torch.bincount(drawn, minlength=10)
+        assert (counts[expected == 0] == 0).all()
+        assert ((counts - expected) ** 2 / expected)[expected > 0].sum() < 33.7
