@@ -75,6 +75,7 @@ class Decoder:
             num_heads=heads.num_heads if heads else 0, vocab_size=heads.num_choices if heads else backbone.vocab_size
         )
         device = backbone.device
+        self._looks_at_data = device.type == "cpu"  # elsewhere each look is a synchronisation
         if device.type == "cpu":
             library()  # compiled now, if it must be, not in the first step
         self.backbone = backbone
@@ -142,8 +143,8 @@ class Decoder:
         logits = self.backbone.logits(self.hidden[slots])[:, None]
         before = rows.logprobs.before_edits(logits)
         node = torch.zeros_like(self.roots[slots])[:, None]
-        tree, on_cpu = self._root_only.rows(len(node)), self.backbone.device.type == "cpu"
-        roots = accept(tree, node, logits, rows, self.lengths[slots] - 1, early_exit=on_cpu).next_root
+        tree, before_root = self._root_only.rows(len(node)), self.lengths[slots] - 1
+        roots = accept(tree, node, logits, rows, before_root, early_exit=self._looks_at_data).next_root
         self.roots[slots] = roots
         emitted = [[root] for root in roots.tolist()]
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
@@ -175,9 +176,8 @@ class Decoder:
             self.cache.mark_used(0, num_rows, shape.length)
             emitted = self._to_host(self.graphs.run(shape, rows, live)[:live])
             return StepTokens(tokens=emitted, logprobs=[()] * live)
-        early_exit = self.backbone.device.type == "cpu"
         shape = StepShape(num_rows, nodes, _bucket(needed))
-        advanced = self._advance(shape, rows, live, early_exit=early_exit)
+        advanced = self._advance(shape, rows, live, early_exit=self._looks_at_data)
         emitted = self._to_host(advanced.table[:live])
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(advanced.before, advanced.path, emitted))
 

@@ -199,7 +199,7 @@ class FusedLlama:
         return normed
 
     def _by_own_products(self, hidden: Tensor, cos: Tensor, sin: Tensor, where: Placement, cache: KVCache) -> Tensor:
-        """The layers as seven kernels each, norms, gate and sums being part of the products; a chain that overlaps."""
+        """The layers as six or seven kernels each, norms, gate and sums being part of the products; a chain that overlaps."""
         from medusa.llama_triton import norm, rotate_into  # Triton is where CUDA builds of torch are
         from medusa.overlap_triton import can_overlap
         from medusa.products_triton import product

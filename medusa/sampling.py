@@ -19,7 +19,6 @@ from medusa.config import SCHEMES, SamplingParams
 from medusa.grammar_masks import GrammarMasks, Guide
 from medusa.logit_edits import LogitEdits
 from medusa.logprobs import LogprobRows
-from medusa.native.argmax import largest_at
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: SplitMix64's increment
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -183,13 +182,12 @@ def draw(logits: Tensor, rows: SamplingRows, position: Tensor, node: Tensor | No
     """
     if node is None:
         logits, node = logits[:, None], torch.zeros_like(position)
-    flat = logits.flatten(0, 1)
-    at = torch.arange(len(node), device=node.device) * logits.shape[1] + node
-    top = largest_at(flat, at)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    at_node = logits[torch.arange(len(node), device=node.device), node].to(wide)
+    top = at_node.argmax(dim=-1)
     if not rows.any_noise:
         return top
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    scaled = flat[at].to(wide) / rows.temperature[:, None].to(wide)
+    scaled = at_node / rows.temperature[:, None].to(wide)
     if rows.any_filter:
         scaled = filter_logits(scaled, rows.top_k, rows.top_p)
     noise = gumbel_noise(rows.seed, rows.choice, position, logits.shape[-1])

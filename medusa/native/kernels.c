@@ -1018,41 +1018,6 @@ void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, char
     product(w, x, rows, y, 0, work, THREAD, THREADS);
 }
 
-/* Where the largest of x [size] first stands; of a row with NaN the first of them, as PyTorch has it. */
-static int64_t place_of_largest(const float *x, int64_t size)
-{
-    Floats most[4];
-    Ints broken = {0};
-    for (int v = 0; v < 4; v++) most[v] = spread(-INFINITY);
-    int64_t i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES)
-        for (int v = 0; v < 4; v++) {
-            Floats some = load(x + i + v * LANES);
-            most[v] = choose(some > most[v], some, most[v]);
-            broken |= some != some;
-        }
-    float largest = -INFINITY;
-    int has_nan = 0;
-    for (int v = 0; v < 4; v++)
-        for (int j = 0; j < LANES; j++) {
-            largest = most[v][j] > largest ? most[v][j] : largest;
-            has_nan |= broken[j] != 0;
-        }
-    for (; i < size; i++) {
-        largest = x[i] > largest ? x[i] : largest;
-        has_nan |= x[i] != x[i];
-    }
-    for (i = 0; has_nan ? x[i] == x[i] : x[i] != largest;) i++;
-    return i;
-}
-
-/* For each of `count` rows of x [.][size], named by `which`, the place of its largest. */
-void medusa_argmax(const float *x, int64_t size, const int64_t *which, int64_t count, int64_t *places, int64_t threads)
-{
-#pragma omp parallel for num_threads((int)(threads < count ? threads : count)) if (count > 1)
-    for (int64_t i = 0; i < count; i++) places[i] = place_of_largest(x + which[i] * size, size);
-}
-
 /* Where things lie in the work of guesses, in bytes from its start. */
 typedef struct {
     int64_t read, bump, features, logits, values, bands, end;
@@ -1371,6 +1336,13 @@ static int64_t places_kept(const Rows *r, int64_t b, int64_t size)
     return r->top_k[b] > 0 && r->top_k[b] < size ? r->top_k[b] : size;
 }
 
+static double sum_of_weights(const Token *tokens, int64_t count, const float *weights)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += weights[tokens[i].id];
+    return sum;
+}
+
 /* The tokens of x [size] inside top-k and then top-p, in any order: how many, at `*kept` within `tokens` [size]. */
 static int64_t nucleus(const Rows *r, int64_t b, const float *x, int64_t size, const Mass *m, const float *weights, Token *tokens,
                        Token **kept)
@@ -1382,8 +1354,7 @@ static int64_t nucleus(const Rows *r, int64_t b, const float *x, int64_t size, c
     if (places < size) {
         best_tokens(x, size, places, tokens);
         if (r->top_p[b] >= 1) return places;
-        sum = 0;
-        for (int64_t i = 0; i < places; i++) sum += weights[tokens[i].id];
+        sum = sum_of_weights(tokens, places, weights);
         count = places;
     } else { /* whatever is lighter than this weighs less than 1 - top-p in all */
         const float least = (float)(0.99 * (1 - r->top_p[b]) * sum / (double)size);
@@ -1429,8 +1400,7 @@ static int inside(const Rows *r, int64_t b, const float *x, int64_t size, const 
     if (rank == 0 || rank >= places || r->top_p[b] >= 1) return rank < places;
     if (places < size) {
         best_tokens(x, size, places, tokens);
-        sum = 0;
-        for (int64_t i = 0; i < places; i++) sum += weights[tokens[i].id];
+        sum = sum_of_weights(tokens, places, weights);
     }
     return before < r->top_p[b] * sum;
 }
@@ -1438,16 +1408,12 @@ static int inside(const Rows *r, int64_t b, const float *x, int64_t size, const 
 #define GOLDEN 0x9E3779B97F4A7C15u /* SplitMix64's increment and factors */
 #define MIX_1 0xBF58476D1CE4E5B9u
 #define MIX_2 0x94D049BB133111EBu
+#define MIX(x) ((x) = ((x) ^ ((x) >> 30)) * MIX_1, (x) = ((x) ^ ((x) >> 27)) * MIX_2, (x) ^= (x) >> 31) /* of numbers or vectors */
 #define MOST_NOISE 22.9f /* no token gets more */
 
 typedef uint64_t Longs __attribute__((vector_size(8 * LANES)));
 
-INLINE uint64_t mixed(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * MIX_1;
-    x = (x ^ (x >> 27)) * MIX_2;
-    return x ^ (x >> 31);
-}
+INLINE uint64_t mixed(uint64_t x) { return MIX(x); }
 
 /* The natural logarithm of positive x to a few units in the last place. */
 INLINE Floats logarithm(Floats x)
@@ -1471,9 +1437,7 @@ INLINE Floats logarithm(Floats x)
 INLINE Floats noise(uint64_t key, Ints ids)
 {
     Longs x = key + (__builtin_convertvector(ids, Longs) + 1) * GOLDEN;
-    x = (x ^ (x >> 30)) * MIX_1;
-    x = (x ^ (x >> 27)) * MIX_2;
-    x = x ^ (x >> 31);
+    MIX(x);
     Floats u = (__builtin_convertvector(__builtin_convertvector(x >> 32, Words), Floats) + 0.5f) * 0x1p-32f;
     u = choose(u > 1 - 0x1p-24f, spread(1 - 0x1p-24f), u);
     /* log(1 - u), whose rounding of 1 - u is taken back; where nothing is left of u, it is -u */
@@ -1494,6 +1458,34 @@ INLINE void contend(Drawn *best, Floats scaled, Ints ids, uint64_t key)
     if (!any(scores >= best->score)) return;
     for (int j = 0; j < LANES; j++)
         if (scores[j] > best->score || (scores[j] == best->score && ids[j] < best->id)) *best = (Drawn){scores[j], ids[j]};
+}
+
+/* Where the largest of x [size] first stands; of a row with NaN the first of them, as PyTorch has it. */
+static int64_t place_of_largest(const float *x, int64_t size)
+{
+    Floats most[4];
+    Ints broken = {0};
+    for (int v = 0; v < 4; v++) most[v] = spread(-INFINITY);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES)
+        for (int v = 0; v < 4; v++) {
+            Floats some = load(x + i + v * LANES);
+            most[v] = choose(some > most[v], some, most[v]);
+            broken |= some != some;
+        }
+    float largest = -INFINITY;
+    int has_nan = 0;
+    for (int v = 0; v < 4; v++)
+        for (int j = 0; j < LANES; j++) {
+            largest = most[v][j] > largest ? most[v][j] : largest;
+            has_nan |= broken[j] != 0;
+        }
+    for (; i < size; i++) {
+        largest = x[i] > largest ? x[i] : largest;
+        has_nan |= x[i] != x[i];
+    }
+    for (i = 0; has_nan ? x[i] == x[i] : x[i] != largest;) i++;
+    return i;
 }
 
 /* A token to stand at `position`: the likeliest, or a draw by Gumbel-max from what the request's filters leave. */
@@ -1622,9 +1614,9 @@ int64_t medusa_accept_bytes(int64_t nodes, int64_t vocabulary) { return accept_p
 /* Which path of a verified tree each row of a batch accepts, by its own scheme: logits [batch][nodes][vocabulary] in bfloat16 or
    float32, tokens and parents a row each `stride` apart, the root's position in its sequence. To each row's last node and the root
    after it. */
-void medusa_accept(const Rows *r, const void *logits, int64_t in_half, int64_t batch, int64_t nodes, int64_t vocabulary, const int64_t *tokens,
-                   int64_t token_stride, const int64_t *parents, int64_t parent_stride, const int64_t *positions, int64_t *last,
-                   int64_t *next_root, char *work, int64_t threads)
+void medusa_accept(const Rows *r, const void *logits, int64_t in_half, int64_t batch, int64_t nodes, int64_t vocabulary,
+                   const int64_t *tokens, int64_t token_stride, const int64_t *parents, int64_t parent_stride,
+                   const int64_t *positions, int64_t *last, int64_t *next_root, char *work, int64_t threads)
 {
     const AcceptPlan p = accept_plan(nodes, vocabulary);
 #pragma omp parallel for schedule(dynamic) num_threads((int)(threads < batch ? threads : batch)) if (batch > 1)

@@ -23,9 +23,7 @@ from medusa.engine import Engine, Request
 from medusa.errors import BackboneError
 from medusa.fused_llama import FusedLlama
 from medusa.heads import MedusaHeads
-from medusa.native import argmax
 from medusa.native import linear as native_linear
-from medusa.native.argmax import largest_at
 from medusa.native.build import library
 from medusa.native.guesses import NativeHead, NativeHeads
 from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles
@@ -146,21 +144,6 @@ def test_int8_refuses_what_it_cannot_pack() -> None:
     for inputs in (33, 65538):
         with pytest.raises(ValueError, match=f"even number of inputs, 65536 at most, got {inputs}"):
             PackedWeight.of(torch.randn(4, inputs), int8=True)
-
-
-@pytest.mark.parametrize("size", [1, 5, 64, 301, 49152])
-def test_the_largest_is_where_pytorch_finds_it(size: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of equal ones the first, of a row without numbers likewise, and a NaN before all."""
-    x = torch.randint(-9, 9, (9, size)).float()
-    x[1] = -torch.inf
-    x[2, size // 2], x[2, -1] = torch.nan, torch.nan
-    x[3, size // 3] = torch.inf
-    x[4] = torch.randn(size)
-    which = torch.tensor([4, 0, 1, 2, 3, 8, 4, 5])
-    found = largest_at(x, which)
-    assert found.tolist() == x[which].argmax(dim=-1).tolist()
-    monkeypatch.setattr(argmax, "library", lambda: None)
-    assert largest_at(x, which).tolist() == found.tolist()
 
 
 def gap(ours: Tensor, exact: Tensor) -> float:

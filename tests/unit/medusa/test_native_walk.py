@@ -93,6 +93,24 @@ def test_a_greedy_row_with_nan_is_walked_as_pytorch_walks_it() -> None:
     assert ours.next_root.tolist() == want.next_root.tolist()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 5, 64, 301, 49152])
+def test_the_likeliest_token_is_where_pytorch_finds_it(
+    size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal ones the first, of a row without numbers likewise, and a NaN before all."""
+    x = torch.randint(-9, 9, (9, size)).float()
+    x[1] = -torch.inf
+    x[2, size // 2], x[2, -1] = torch.nan, torch.nan
+    x[3, size // 3] = torch.inf
+    x[4] = torch.randn(size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ours, want = accepted_both_ways(
+        Tree.root_only(), torch.zeros(9, 1, dtype=torch.long), x[:, None], [SamplingParams()] * 9
+    )
+    assert ours.next_root.tolist() == want.next_root.tolist() == x.argmax(dim=-1).tolist()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_without_numbers_ends_and_no_row_beside_it_notices(scheme: dict[str, Any]) -> None:
     tree = Tree.full([3, 2])
