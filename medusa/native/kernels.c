@@ -3,9 +3,9 @@
 
    M rows (sequences x new positions), D hidden, F inner, H query heads, G query heads per key/value head, E head size
 
-   Weights keep their own type and are widened in registers; all arithmetic is float32. Where the processor multiplies
-   tiles (AMX), the inputs of products are rounded: with bfloat16 weights to bfloat16, their sums float32; with int8 weights
-   to 16 bits of each row's largest, their sums exact. What a row gets does not depend on the rows beside it, on masked
+   Weights keep their own type and are widened in registers; arithmetic is float32. But int8 weights are multiplied by
+   inputs rounded to 16 bits of each row's largest, as integers; and where the processor multiplies tiles (AMX), bfloat16
+   weights by inputs rounded to bfloat16. What a row gets does not depend on the rows beside it, on masked
    positions or on the number of threads: every sum runs in one fixed order. So a tree of any shape and a batch of any size
    give, bit for bit, what plain decoding of the sequence alone gives.
 
@@ -30,9 +30,11 @@
 #define LANES 8
 #endif
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512F__) && LANES == 16
 #define HAS_TILES /* a virtual machine may show AMX alone */
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -42,6 +44,7 @@
 #define DEEP 32   /* inputs that one product of tiles of bfloat16 takes */
 #define DEEPER 64 /* and of bytes */
 #define STEPS 32512.0f /* of a row's largest, at most: a signed byte times 256 and an unsigned one */
+#define RUN 512   /* inputs of which no sum of steps times bytes overflows 32 bits */
 #define LINE 64   /* bytes of a cache line */
 #define QUERIES 4 /* queries of a narrow block */
 #define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass for QUERIES queries */
@@ -58,6 +61,8 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
 typedef float Four __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t SignedBytes __attribute__((vector_size(16)));
@@ -65,6 +70,8 @@ typedef float AnyFloats __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef float AnyFour __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t AnyShorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t AnyPairs __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint8_t AnyBytes __attribute__((vector_size(16), aligned(1), may_alias));
 
 enum { FLOAT32, BFLOAT16, INT8, TILES, INT8_TILES };
@@ -231,69 +238,185 @@ INLINE void share(int64_t all, int64_t thread, int64_t threads, int64_t *first, 
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
 
-/* Both halves of a panel at input k (and, of INT8, k + 1). */
-INLINE void widen(const Weight *w, int type, int64_t panel, int64_t k, Floats now[2], Floats next[2])
+/* Both halves of a panel at input k. */
+INLINE void widen(const Weight *w, int type, int64_t panel, int64_t k, Floats both[2])
 {
     const uint32_t *at = w->panels + (panel * w->inputs + k) * PANEL / WORD(type);
-    Words words = *(const AnyWords *)at;
+    const Words words = *(const AnyWords *)at;
     if (type == FLOAT32) {
-        now[0] = (Floats)words;
-        now[1] = (Floats)*(const AnyWords *)(at + LANES);
-    } else if (type == BFLOAT16) {
-        now[0] = (Floats)(words << 16);
-        now[1] = (Floats)(words & 0xffff0000u);
+        both[0] = (Floats)words;
+        both[1] = load((const float *)at + LANES);
     } else {
-        now[0] = __builtin_convertvector((Ints)(words << 24) >> 24, Floats);
-        now[1] = __builtin_convertvector((Ints)(words << 16) >> 24, Floats);
-        next[0] = __builtin_convertvector((Ints)(words << 8) >> 24, Floats);
-        next[1] = __builtin_convertvector((Ints)words >> 24, Floats);
+        both[0] = (Floats)(words << 16);
+        both[1] = (Floats)(words & 0xffff0000u);
     }
+}
+
+/* What a tile fetches meanwhile: so many bytes an input, from there on. */
+typedef struct {
+    const char *from;
+    int64_t pace;
+} Ahead;
+
+/* With its input k; as many lines as the panels take that it reads from k to k + step, a constant like the rest. */
+INLINE void fetch(Ahead ahead, int type, int panels, int64_t k, int step)
+{
+    const int bytes = panels * PANEL * 4 / WORD(type) * step;
+    for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(ahead.from + k * ahead.pace + i, 0, 2);
 }
 
 /* Rows of x [.][inputs] times some panels, into out [rows][panels * PANEL]. `type`, `panels` and `rows` are constants. */
-INLINE void tile(const Weight *w, int type, int64_t panel, int panels, const float *x, int rows, float *out)
+INLINE void tile(const Weight *w, int type, int64_t panel, int panels, const float *x, int rows, Ahead ahead, float *out)
 {
-    const int64_t inputs = w->inputs;
-    const int stride = type == INT8 ? 2 : 1;
-    Floats sum[TILE][4];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < panels * 2; v++) sum[r][v] = (Floats){0};
-    for (int64_t k = 0; k < inputs; k += stride) {
-        Floats weights[2][4];
-        for (int p = 0; p < panels; p++) widen(w, type, panel + p, k, weights[0] + 2 * p, weights[1] + 2 * p);
-        for (int i = 0; i < stride; i++)
-            for (int r = 0; r < rows; r++) {
-                Floats input = spread(x[r * inputs + k + i]);
-                for (int v = 0; v < panels * 2; v++) sum[r][v] += input * weights[i][v];
-            }
+    Floats sum[TILE][4] = {{{0}}};
+    for (int64_t k = 0; k < w->inputs; k++) {
+        Floats weights[4];
+        fetch(ahead, type, panels, k, 1);
+        for (int p = 0; p < panels; p++) widen(w, type, panel + p, k, weights + 2 * p);
+        for (int r = 0; r < rows; r++) {
+            const Floats input = spread(x[r * w->inputs + k]);
+            for (int v = 0; v < panels * 2; v++) sum[r][v] += input * weights[v];
+        }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < panels * 2; v++) {
-            if (type == INT8) sum[r][v] *= load(w->scales + panel * PANEL + v * LANES);
-            store(out + (r * panels * 2 + v) * LANES, sum[r][v]);
-        }
+        for (int v = 0; v < panels * 2; v++) store(out + (r * panels * 2 + v) * LANES, sum[r][v]);
 }
 
-INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const float *x, int rows, float *out)
+/* sum + a b: of each lane, both products of 16 bits. */
+INLINE Ints add_products(Ints sum, Ints a, Ints b)
 {
-    switch (rows) {
-    case 1: tile(w, type, panel, panels, x, 1, out); break;
-    case 2: tile(w, type, panel, panels, x, 2, out); break;
-    case 3: tile(w, type, panel, panels, x, 3, out); break;
-    case 4: tile(w, type, panel, panels, x, 4, out); break;
-    case 5: tile(w, type, panel, panels, x, 5, out); break;
-    default: tile(w, type, panel, panels, x, TILE, out);
-    }
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__) && LANES == 16
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && LANES == 8
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__) && LANES == 8
+    return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
 }
 
 INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+/* Bytes of a row that products with INT8 read: its steps of 16 bits, then what one is worth. */
+INLINE int64_t row_bytes(int64_t inputs) { return upward(inputs, 2 * LANES) * 2 + LINE; }
+INLINE float step_of(const char *row, int64_t inputs) { return *(const float *)(row + row_bytes(inputs) - LINE); }
+
+/* The same of INT8, whose rows `x` stand in steps. */
+INLINE void byte_tile(const Weight *w, int64_t panel, int panels, const char *x, int rows, Ahead ahead, float *out)
+{
+    const int64_t inputs = w->inputs, stride = row_bytes(inputs);
+    for (int64_t from = 0; from < inputs; from += RUN) {
+        const int64_t end = from + RUN < inputs ? from + RUN : inputs;
+        Ints sum[TILE][4] = {{{0}}};
+        for (int64_t k = from; k < end; k += 2) {
+            Ints weights[4];
+            fetch(ahead, INT8, panels, k, 2);
+            for (int p = 0; p < panels; p++) {
+                const Pairs both = *(const AnyPairs *)(w->panels + ((panel + p) * inputs + k) * PANEL / WORD(INT8));
+                weights[2 * p] = (Ints)(both << 8 >> 8);
+                weights[2 * p + 1] = (Ints)(both >> 8);
+            }
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, x + r * stride + k * 2, sizeof pair);
+                const Ints input = pair - (Ints){0};
+                for (int v = 0; v < panels * 2; v++) sum[r][v] = add_products(sum[r][v], input, weights[v]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < panels * 2; v++) {
+                float *to = out + (r * panels * 2 + v) * LANES;
+                const Floats here = __builtin_convertvector(sum[r][v], Floats);
+                store(to, from ? load(to) + here : here);
+            }
+    }
+    for (int r = 0; r < rows; r++) {
+        const float step = step_of(x + r * stride, inputs);
+        for (int v = 0; v < panels * 2; v++) {
+            float *to = out + (r * panels * 2 + v) * LANES;
+            store(to, load(to) * step * load(w->scales + panel * PANEL + v * LANES));
+        }
+    }
+}
+
+/* The same of whichever type. */
+INLINE void any_tile(const Weight *w, int type, int64_t panel, int panels, const void *x, int rows, Ahead ahead, float *out)
+{
+    if (type == INT8) byte_tile(w, panel, panels, x, rows, ahead, out);
+    else tile(w, type, panel, panels, x, rows, ahead, out);
+}
+
+INLINE void tile_of(const Weight *w, int type, int64_t panel, int panels, const void *x, int rows, Ahead ahead, float *out)
+{
+    switch (rows) {
+    case 1: any_tile(w, type, panel, panels, x, 1, ahead, out); break;
+    case 2: any_tile(w, type, panel, panels, x, 2, ahead, out); break;
+    case 3: any_tile(w, type, panel, panels, x, 3, ahead, out); break;
+    case 4: any_tile(w, type, panel, panels, x, 4, ahead, out); break;
+    case 5: any_tile(w, type, panel, panels, x, 5, ahead, out); break;
+    default: any_tile(w, type, panel, panels, x, TILE, ahead, out);
+    }
+}
+
 INLINE int in_tiles(const Weight *w) { return w->type == TILES || w->type == INT8_TILES; }
 
-/* Bytes that SIDE rows of so many inputs take as products with w read them, in whole tiles. Of INT8_TILES: what a row's
-   steps are worth, then the tiles of high bytes and of low ones in turn. */
+/* Bytes that SIDE rows of so many inputs take as products with w read them; 0 where they read them as they are. Tiles are
+   whole; of INT8_TILES: what a row's steps are worth, then the tiles of high bytes and of low ones in turn. */
 INLINE int64_t band_bytes(const Weight *w, int64_t inputs)
 {
-    return w->type == TILES ? upward(inputs, DEEP) * SIDE * 2 : SIDE * 4 + upward(inputs, DEEPER) * SIDE * 2;
+    switch (w->type) {
+    case INT8: return SIDE * row_bytes(inputs);
+    case TILES: return upward(inputs, DEEP) * SIDE * 2;
+    case INT8_TILES: return SIDE * 4 + upward(inputs, DEEPER) * SIDE * 2;
+    default: return 0;
+    }
+}
+
+/* A vector of x [inputs] from i on, zeros behind the last. */
+INLINE Floats load_padded(const float *x, int64_t i, int64_t inputs)
+{
+    if (i + LANES <= inputs) return load(x + i);
+    float last_ones[LANES] = {0};
+    if (i < inputs) memcpy(last_ones, x + i, (size_t)(inputs - i) * sizeof(float));
+    return load(last_ones);
+}
+
+/* The largest size in x; NaN where there is one. */
+static float largest_size(const float *x, int64_t inputs)
+{
+    Floats most = {0};
+    Ints broken = {0};
+    for (int64_t i = 0; i < inputs; i += LANES) {
+        Floats some = load_padded(x, i, inputs);
+        some = choose(some < 0, -some, some);
+        most = choose(some > most, some, most);
+        broken |= some != some;
+    }
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) {
+        if (broken[i]) return NAN;
+        largest = most[i] > largest ? most[i] : largest;
+    }
+    return largest;
+}
+
+/* A vector of x [inputs] from i on in steps, `steps` of them to one. */
+INLINE Ints in_steps(const float *x, int64_t i, int64_t inputs, float steps)
+{
+    const Floats magic = spread(12582912.0f); /* adding it rounds to an integer */
+    return __builtin_convertvector((load_padded(x, i, inputs) * steps + magic) - magic, Ints);
+}
+
+/* A row as products with INT8 read it. */
+static void narrow_to_shorts(const float *x, int64_t inputs, char *row)
+{
+    const float largest = largest_size(x, inputs), steps = largest > 0 ? STEPS / largest : 0;
+    for (int64_t i = 0; i < inputs; i += LANES)
+        *(AnyShorts *)(row + i * 2) = __builtin_convertvector(in_steps(x, i, inputs, steps), Shorts);
+    *(float *)(row + row_bytes(inputs) - LINE) = largest / STEPS;
 }
 
 #ifdef HAS_TILES
@@ -308,15 +431,6 @@ static const struct {
 static void tiles_on(void) { _tile_loadconfig(&SHAPE); }
 static void tiles_off(void) { _tile_release(); }
 
-/* A vector of x [inputs] from i on, zeros behind the last. */
-INLINE Floats load_padded(const float *x, int64_t i, int64_t inputs)
-{
-    if (i + LANES <= inputs) return load(x + i);
-    float last_ones[LANES] = {0};
-    if (i < inputs) memcpy(last_ones, x + i, (size_t)(inputs - i) * sizeof(float));
-    return load(last_ones);
-}
-
 /* A row to its place in tiles of bfloat16 [inputs / DEEP][SIDE][DEEP]. */
 static void narrow(const float *x, int64_t inputs, uint16_t *y)
 {
@@ -324,45 +438,17 @@ static void narrow(const float *x, int64_t inputs, uint16_t *y)
         store_half(y + i / DEEP * SIDE * DEEP + i % DEEP, load_padded(x, i, inputs));
 }
 
-/* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth, NaN where the row
-   has one. */
+/* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth. */
 static float narrow_to_bytes(const float *x, int64_t inputs, uint8_t *y)
 {
-    const Floats magic = spread(12582912.0f); /* adding it rounds to an integer */
-    Floats most = {0};
-    Ints broken = {0};
-    for (int64_t i = 0; i < inputs; i += LANES) {
-        Floats some = load_padded(x, i, inputs);
-        some = choose(some < 0, -some, some);
-        most = choose(some > most, some, most);
-        broken |= some != some;
-    }
-    float largest = 0;
-    for (int i = 0; i < LANES; i++) {
-        if (broken[i]) return NAN;
-        largest = most[i] > largest ? most[i] : largest;
-    }
-    const float steps = largest > 0 ? STEPS / largest : 0;
+    const float largest = largest_size(x, inputs), steps = largest > 0 ? STEPS / largest : 0;
     for (int64_t i = 0; i < upward(inputs, DEEPER); i += LANES) {
-        const Ints whole = __builtin_convertvector((load_padded(x, i, inputs) * steps + magic) - magic, Ints);
+        const Ints whole = in_steps(x, i, inputs, steps);
         uint8_t *to = y + i / DEEPER * 2 * SIDE * DEEPER + i % DEEPER;
         *(AnyBytes *)to = __builtin_convertvector(whole >> 8, Bytes);
         *(AnyBytes *)(to + SIDE * DEEPER) = __builtin_convertvector(whole & 255, Bytes);
     }
     return largest / STEPS;
-}
-
-/* x [rows][inputs] to bands of SIDE rows as products with w read them, inputs padded with zeros; this thread's share. */
-static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
-{
-    int64_t row, last;
-    share(rows, thread, threads, &row, &last);
-    for (; row < last; row++) {
-        const float *from = x + row * w->inputs;
-        char *band = bands + row / SIDE * band_bytes(w, w->inputs);
-        if (w->type == TILES) narrow(from, w->inputs, (uint16_t *)band + row % SIDE * DEEP);
-        else ((float *)band)[row % SIDE] = narrow_to_bytes(from, w->inputs, (uint8_t *)band + SIDE * 4 + row % SIDE * DEEPER);
-    }
 }
 
 /* A band times a panel of int8, into out [rows][2 SIDE]. */
@@ -438,10 +524,8 @@ static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t row
 
 static void tiles_on(void) {}
 static void tiles_off(void) {}
-static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
-{
-    (void)w, (void)x, (void)rows, (void)bands, (void)thread, (void)threads;
-}
+static void narrow(const float *x, int64_t inputs, uint16_t *y) { (void)x, (void)inputs, (void)y; }
+static float narrow_to_bytes(const float *x, int64_t inputs, uint8_t *y) { return (void)x, (void)inputs, (void)y, 0; }
 static void byte_tiles(const Weight *w, int64_t panel, const char *band, int64_t rows, float *out)
 {
     (void)w, (void)panel, (void)band, (void)rows, (void)out;
@@ -453,48 +537,74 @@ static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t row
 
 #endif
 
+/* x [rows][inputs] to bands of SIDE rows as products with w read them; this thread's share. */
+static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
+{
+    int64_t row, last;
+    share(rows, thread, threads, &row, &last);
+    for (; row < last; row++) {
+        const float *from = x + row * w->inputs;
+        const int64_t place = row % SIDE;
+        char *band = bands + row / SIDE * band_bytes(w, w->inputs);
+        if (w->type == INT8) narrow_to_shorts(from, w->inputs, band + place * row_bytes(w->inputs));
+        else if (w->type == TILES) narrow(from, w->inputs, (uint16_t *)band + place * DEEP);
+        else ((float *)band)[place] = narrow_to_bytes(from, w->inputs, (uint8_t *)band + SIDE * 4 + place * DEEPER);
+    }
+}
+
 /* Few rows leave registers for a second panel, whose sums then hide the latency of the first's. */
-static void bfloat16_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+static void bfloat16_tile(const Weight *w, int64_t panel, int panels, const void *x, int rows, Ahead ahead, float *out)
 {
-    if (panels == 2) tile_of(w, BFLOAT16, panel, 2, x, rows, out);
-    else tile_of(w, BFLOAT16, panel, 1, x, rows, out);
+    if (panels == 2) tile_of(w, BFLOAT16, panel, 2, x, rows, ahead, out);
+    else tile_of(w, BFLOAT16, panel, 1, x, rows, ahead, out);
 }
 
-static void int8_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+static void int8_tile(const Weight *w, int64_t panel, int panels, const void *x, int rows, Ahead ahead, float *out)
 {
-    if (panels == 2) tile_of(w, INT8, panel, 2, x, rows, out);
-    else tile_of(w, INT8, panel, 1, x, rows, out);
+    if (panels == 2) tile_of(w, INT8, panel, 2, x, rows, ahead, out);
+    else tile_of(w, INT8, panel, 1, x, rows, ahead, out);
 }
 
-static void float32_tile(const Weight *w, int64_t panel, int panels, const float *x, int rows, float *out)
+static void float32_tile(const Weight *w, int64_t panel, int panels, const void *x, int rows, Ahead ahead, float *out)
 {
-    if (panels == 2) tile_of(w, FLOAT32, panel, 2, x, rows, out);
-    else tile_of(w, FLOAT32, panel, 1, x, rows, out);
-}
-
-/* Up to `height_of` rows of x times some panels, into out [rows][panels * PANEL]. */
-static void block(const Weight *w, int64_t panel, int panels, const void *x, int64_t row, int rows, float *out)
-{
-    const float *from = (const float *)x + row * w->inputs;
-    if (in_tiles(w)) {
-        const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
-        if (w->type == TILES) tiles(w, panel, (const uint16_t *)band, rows, out);
-        else byte_tiles(w, panel, band, rows, out);
-    } else if (w->type == BFLOAT16) bfloat16_tile(w, panel, panels, from, rows, out);
-    else if (w->type == INT8) int8_tile(w, panel, panels, from, rows, out);
-    else float32_tile(w, panel, panels, from, rows, out);
+    if (panels == 2) tile_of(w, FLOAT32, panel, 2, x, rows, ahead, out);
+    else tile_of(w, FLOAT32, panel, 1, x, rows, ahead, out);
 }
 
 INLINE int64_t panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 INLINE int64_t height_of(const Weight *w) { return w->type == TILES ? 2 * SIDE : w->type == INT8_TILES ? SIDE : TILE; }
 
-/* x [rows][inputs] as products with w read it: itself or, in tiles, as `bands` that all threads make together. */
+/* While some panels are multiplied the next are fetched from memory, a part of them with each tile of rows. */
+static Ahead next_panels(const Weight *w, int64_t panel, int panels, int64_t row, int64_t rows)
+{
+    const int64_t each = PANEL * 4 / WORD(w->type), tiles = (rows + TILE - 1) / TILE, pace = (panels * each + tiles - 1) / tiles;
+    return (Ahead){(const char *)w->panels + ((panel + panels) * each + row / TILE * pace) * w->inputs, pace};
+}
+
+/* As many of x's rows from `row` on as are taken at once times some panels, into out [that many][panels * PANEL]. */
+static int block(const Weight *w, int64_t panel, int panels, const void *x, int64_t row, int64_t rows, float *out)
+{
+    const int64_t height = height_of(w), here = rows - row < height ? rows - row : height;
+    const float *floats = (const float *)x + row * w->inputs;
+    const char *shorts = (const char *)x + row * row_bytes(w->inputs);
+    const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
+    switch (w->type) {
+    case FLOAT32: float32_tile(w, panel, panels, floats, (int)here, next_panels(w, panel, panels, row, rows), out); break;
+    case BFLOAT16: bfloat16_tile(w, panel, panels, floats, (int)here, next_panels(w, panel, panels, row, rows), out); break;
+    case INT8: int8_tile(w, panel, panels, shorts, (int)here, next_panels(w, panel, panels, row, rows), out); break;
+    case TILES: tiles(w, panel, (const uint16_t *)band, here, out); break;
+    default: byte_tiles(w, panel, band, here, out);
+    }
+    return (int)here;
+}
+
+/* x [rows][inputs] as products with w read it: itself or, rounded, as `bands` that all threads make together. */
 static const void *readable(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
 {
-    if (!in_tiles(w)) return x;
+    if (!band_bytes(w, w->inputs)) return x;
     to_bands(w, x, rows, bands, thread, threads);
 #pragma omp barrier
-    tiles_on();
+    if (in_tiles(w)) tiles_on();
     return bands;
 }
 
@@ -503,7 +613,8 @@ static void product(const Weight *w, const float *x, int64_t rows, float *y, int
                     int64_t threads)
 {
     const void *inputs = readable(w, x, rows, bands, thread, threads);
-    const int64_t height = height_of(w), wide = !in_tiles(w) && (rows <= 3 || LANES == 16) ? 2 : 1;
+    const int64_t most = w->type == INT8 ? 2 : 3; /* rows that leave registers for a second panel */
+    const int64_t height = height_of(w), wide = !in_tiles(w) && (rows <= most || LANES == 16) ? 2 : 1;
     float out[ROOM];
     int64_t panel, last;
     share(panels_of(w), thread, threads, &panel, &last);
@@ -511,8 +622,7 @@ static void product(const Weight *w, const float *x, int64_t rows, float *y, int
         const int64_t panels = last - panel < wide ? 1 : wide, from = panel * PANEL;
         const int64_t width = (w->outputs - from < panels * PANEL ? w->outputs - from : panels * PANEL);
         for (int64_t row = 0; row < rows; row += height) {
-            const int here = (int)(rows - row < height ? rows - row : height);
-            block(w, panel, (int)panels, inputs, row, here, out);
+            const int here = block(w, panel, (int)panels, inputs, row, rows, out);
             for (int r = 0; r < here; r++) {
                 float *to = y + (row + r) * w->outputs + from;
                 const float *got = out + r * panels * PANEL;
@@ -541,9 +651,8 @@ static void gated(const Layer *layer, const float *x, int64_t rows, float *y, ch
         const int64_t from = panel * PANEL, left = gate->outputs - from;
         const size_t width = (size_t)(left < PANEL ? left : PANEL);
         for (int64_t row = 0; row < rows; row += height) {
-            const int here = (int)(rows - row < height ? rows - row : height);
-            block(gate, panel, 1, inputs, row, here, gates);
-            block(up, panel, 1, inputs, row, here, ups);
+            const int here = block(gate, panel, 1, inputs, row, rows, gates);
+            block(up, panel, 1, inputs, row, rows, ups);
             for (int i = 0; i < here * PANEL; i += LANES) {
                 Floats g = load(gates + i);
                 store(gates + i, g / (1.0f + exponential(-g)) * load(ups + i));
@@ -975,7 +1084,7 @@ int64_t medusa_tiles(void)
 
 static int64_t bands_bytes(const Weight *w, int64_t rows, int64_t inputs)
 {
-    return in_tiles(w) ? upward(upward(rows, SIDE) / SIDE * band_bytes(w, inputs), LINE) : 0;
+    return upward(upward(rows, SIDE) / SIDE * band_bytes(w, inputs), LINE);
 }
 
 /* Bytes of work that `medusa_linear` needs; they begin on a cache line. */

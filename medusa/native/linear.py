@@ -37,8 +37,9 @@ class CWeight(ctypes.Structure):
 class PackedWeight:
     """A weight [O,I] as kernels.c reads it; call it for x·weightᵀ, float32 in and out.
 
-    `panels` [O/2L,I/S,L,S,2]: L lanes of a vector, S inputs whose weights share a word (two of int8). Of `tiles`, which
-    round x to bfloat16 or, for int8, to 16 bits of its row's largest, [O/32,I/32,2,16,16,2] or [O/32,I/64,2,16,16,4].
+    `panels` [O/2L,I/S,L,S,2]: L lanes of a vector, S inputs whose weights share a word (two of int8); of `tiles`
+    [O/32,I/32,2,16,16,2] or, of int8, [O/32,I/64,2,16,16,4]. Products with int8 round x to 16 bits of its row's largest, those
+    with tiles of bfloat16 to bfloat16.
     """
 
     panels: Tensor

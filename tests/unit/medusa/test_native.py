@@ -93,9 +93,7 @@ def test_products_are_exact_and_rows_are_alone(
     x = torch.randn(70, shape[1])
     x[3] *= 1e4
     x[5] = 0
-    read = x
-    if packed.tiles:
-        read = sixteen_bits(x) if int8 else x.bfloat16()
+    read = sixteen_bits(x) if int8 else x.bfloat16() if packed.tiles else x
     for rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 32, 33, 52, 70):
         out = packed(x[:rows])
         # A quotient on the edge between two steps may round either way: that is one step of one weight.
