@@ -64,10 +64,12 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
 typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t SignedBytes __attribute__((vector_size(16)));
 typedef float AnyFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float AnyFour __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float AnyEight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int16_t AnyShorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -170,6 +172,13 @@ INLINE Floats load_half(const uint16_t *from)
 {
     return (Floats)(__builtin_convertvector(*(const AnyHalves *)from, Words) << 16);
 }
+/* Two vectors of them with less work: those of even places, and those of odd ones. */
+INLINE void load_halves(const uint16_t *from, Floats even_odd[2])
+{
+    const Words words = *(const AnyWords *)from;
+    even_odd[0] = (Floats)(words << 16);
+    even_odd[1] = (Floats)(words & 0xffff0000u);
+}
 INLINE void store_half(uint16_t *to, Floats x)
 {
     const Words bits = (Words)x;
@@ -210,24 +219,36 @@ INLINE Floats exponential(Floats x)
     return (Floats)((Ints)(p * (Floats)power) & ~vanishes);
 }
 
-INLINE Four halves(Floats x)
+/* A vector's halves summed until so many numbers are left. */
+INLINE Eight eight_of(Floats x)
 {
 #if LANES == 16
-    typedef float Eight __attribute__((vector_size(32)));
-    Eight both = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(both, both, 0, 1, 2, 3) + __builtin_shufflevector(both, both, 4, 5, 6, 7);
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
-    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    return x;
 #endif
 }
 
-/* The sums of four vectors. */
-INLINE Four sums(Floats a, Floats b, Floats c, Floats d)
+INLINE float sum_of(Floats x)
 {
-    Four p = halves(a), q = halves(b), r = halves(c), s = halves(d);
-    Four low = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-    Four high = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-    return __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
+    const Eight y = eight_of(x);
+    return ((y[0] + y[4]) + (y[2] + y[6])) + ((y[1] + y[5]) + (y[3] + y[7]));
+}
+
+/* The sums of eight vectors, each in that order. */
+INLINE Eight sums_of(const Floats x[8])
+{
+    Eight fours[4], twos[2];
+    for (int i = 0; i < 4; i++) {
+        const Eight a = eight_of(x[i]), b = eight_of(x[4 + i]);
+        fours[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 2; i++) {
+        const Eight a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    return __builtin_shufflevector(twos[0], twos[1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(twos[0], twos[1], 2, 3, 10, 11, 6, 7, 14, 15);
 }
 
 INLINE void share(int64_t all, int64_t thread, int64_t threads, int64_t *first, int64_t *last)
@@ -673,7 +694,7 @@ static float inverse_rms(const float *x, float eps, int64_t size)
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
     for (int64_t j = i; j < size; j++) tail += x[j] * x[j];
-    return 1.0f / sqrtf((sums(squares, squares, squares, squares)[0] + tail) / (float)size + eps);
+    return 1.0f / sqrtf((sum_of(squares) + tail) / (float)size + eps);
 }
 
 static void norm(const float *x, const float *weight, float eps, int64_t size, float *y)
@@ -782,16 +803,41 @@ static void open_window(Block *b, int64_t window, const int64_t *positions)
     b->keys += first * b->size, b->values += first * b->size;
 }
 
-/* Dot products of keys and queries into weights [span][QUERIES]. */
+/* One or two vectors of a key, for QUERIES queries; `vectors` is constant. */
+INLINE void add_dots(const uint16_t *key, const float *queries, int64_t size, int vectors, Floats dot[QUERIES])
+{
+    Floats part[2];
+    if (vectors == 2) load_halves(key, part);
+    else part[0] = load_half(key);
+    for (int v = 0; v < vectors; v++)
+        for (int q = 0; q < QUERIES; q++) dot[q] += load(queries + q * size + v * LANES) * part[v];
+}
+
+/* Dot products of keys and queries into weights [span][QUERIES], which have room for one key more. */
 static void dots(const Block *b, float *weights)
 {
-    for (int64_t t = 0; t < b->span; t++) {
-        Floats dot[QUERIES] = {{0}};
-        for (int64_t i = 0; i < b->size; i += LANES) {
-            Floats key = load_half(b->keys + t * b->size + i);
-            for (int q = 0; q < QUERIES; q++) dot[q] += load(b->query[q] + i) * key;
+    const int64_t size = b->size, paired = size / (2 * LANES) * 2 * LANES;
+    float queries[QUERIES * size]; /* even and odd places apart, as pairs of vectors of keys are read */
+    for (int q = 0; q < QUERIES; q++) {
+        const float *from = b->query[q];
+        float *to = queries + q * size;
+        for (int64_t i = 0; i < paired; i += 2 * LANES)
+            for (int j = 0; j < LANES; j++) to[i + j] = from[i + 2 * j], to[i + LANES + j] = from[i + 2 * j + 1];
+        for (int64_t i = paired; i < size; i++) to[i] = from[i];
+    }
+    for (int64_t t = 0; t < b->span; t += 2) {
+        const uint16_t *key = b->keys + t * size, *next = t + 1 < b->span ? key + size : key;
+        Floats dot[2 * QUERIES] = {{0}};
+        int64_t i = 0;
+        for (; i < paired; i += 2 * LANES) {
+            add_dots(key + i, queries + i, size, 2, dot);
+            add_dots(next + i, queries + i, size, 2, dot + QUERIES);
         }
-        *(AnyFour *)(weights + t * QUERIES) = sums(dot[0], dot[1], dot[2], dot[3]);
+        if (i < size) {
+            add_dots(key + i, queries + i, size, 1, dot);
+            add_dots(next + i, queries + i, size, 1, dot + QUERIES);
+        }
+        *(AnyEight *)(weights + t * QUERIES) = sums_of(dot);
     }
 }
 
@@ -869,24 +915,28 @@ static void soften_wide(const Block *b, const uint8_t *seen_by, int64_t stride, 
 /* The same of [span][QUERIES]; `visible` [num_new][num_new]. The weights have room for whole vectors. */
 static void soften(const Block *b, const uint8_t *visible, float *weights, float *total)
 {
-    const float scale = 1.0f / sqrtf((float)b->size);
-    Four most = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum = {0};
-    for (int64_t t = 0; t < b->span; t++) {
-        Four score = *(const AnyFour *)(weights + t * QUERIES) * scale;
-        if (t < b->all_see)
-            for (int q = 0; q < QUERIES; q++)
-                if (t < b->begins[q]) score[q] = -INFINITY;
-        if (t >= b->prefix)
-            for (int q = 0; q < QUERIES; q++)
-                if (!visible[b->node[q] * b->num_new + t - b->prefix]) score[q] = -INFINITY;
-        *(AnyFour *)(weights + t * QUERIES) = score;
-        for (int q = 0; q < QUERIES; q++) most[q] = score[q] > most[q] ? score[q] : most[q];
+    const Floats scale = spread(1.0f / sqrtf((float)b->size));
+    const int64_t end = b->span * QUERIES;
+    for (int64_t i = end; i % LANES; i++) weights[i] = -INFINITY;
+    for (int64_t i = 0; i < b->all_see * QUERIES; i++)
+        if (i / QUERIES < b->begins[i % QUERIES]) weights[i] = -INFINITY;
+    for (int64_t i = b->prefix * QUERIES; i < end; i++)
+        if (!visible[b->node[i % QUERIES] * b->num_new + i / QUERIES - b->prefix]) weights[i] = -INFINITY;
+    Floats most = spread(-INFINITY);
+    for (int64_t i = 0; i < end; i += LANES) {
+        const Floats score = load(weights + i) * scale;
+        store(weights + i, score);
+        most = choose(score > most, score, most);
     }
-    Floats top;
-    for (int i = 0; i < LANES; i++) top[i] = most[i % QUERIES];
-    for (int64_t i = b->span * QUERIES; i % LANES; i++) weights[i] = -INFINITY;
-    for (int64_t i = 0; i < b->span * QUERIES; i += LANES) store(weights + i, exponential(load(weights + i) - top));
-    for (int64_t t = 0; t < b->span; t++) sum += *(const AnyFour *)(weights + t * QUERIES);
+    Floats top = most;
+    for (int i = 0; i < LANES; i++)
+        for (int j = i % QUERIES; j < LANES; j += QUERIES) top[i] = most[j] > top[i] ? most[j] : top[i];
+    Four sum = {0}; /* by position: what lies behind the last weighs nothing */
+    for (int64_t i = 0; i < end; i += LANES) {
+        const Floats weight = exponential(load(weights + i) - top);
+        store(weights + i, weight);
+        for (int j = 0; j < LANES / QUERIES; j++) sum += ((const AnyFour *)&weight)[j];
+    }
     *(AnyFour *)total = sum;
 }
 
@@ -896,15 +946,23 @@ INLINE void means(const Block *b, const float *weights, const float *total, int 
 {
     Floats sum[2 * QUERIES][VECTORS] = {{{0}}};
     for (int64_t t = 0; t < b->span; t++) {
+        const uint16_t *at = b->values + t * b->size + from * LANES;
         Floats value[VECTORS];
-        for (int v = 0; v < vectors; v++) value[v] = load_half(b->values + t * b->size + (from + v) * LANES);
+        if (vectors == 1) value[0] = load_half(at);
+        else
+            for (int v = 0; v < vectors; v += 2) load_halves(at + v * LANES, value + v);
         for (int q = 0; q < queries; q++) {
             Floats weight = spread(weights[t * b->width + first + q]);
             for (int v = 0; v < vectors; v++) sum[q][v] += weight * value[v];
         }
     }
-    for (int q = 0; q < queries && first + q < b->count; q++)
-        for (int v = 0; v < vectors; v++) store(b->out[first + q] + (from + v) * LANES, sum[q][v] / total[first + q]);
+    for (int q = 0; q < queries && first + q < b->count; q++) {
+        float *to = b->out[first + q] + from * LANES;
+        for (int v = 0; v < vectors; v++) sum[q][v] /= total[first + q];
+        if (vectors == 1) store(to, sum[q][0]);
+        for (int v = 0; v + 1 < vectors; v += 2)
+            for (int j = 0; j < LANES; j++) to[v * LANES + 2 * j] = sum[q][v][j], to[v * LANES + 2 * j + 1] = sum[q][v + 1][j];
+    }
 }
 
 /* All outputs of a block. As many sums as registers hold: values are widened once for all queries that share them. */
@@ -1005,7 +1063,7 @@ static float log_sum(const float *x, int64_t size, float most, float temperature
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) sum += exponential((load(x + i) - most) * slope);
     for (; i < size; i++) tail += expf((x[i] - most) * slope);
-    return logf(sums(sum, sum, sum, sum)[0] + tail);
+    return logf(sum_of(sum) + tail);
 }
 
 /* The nearest bfloat16, of two equally near ones the even one. */
@@ -1383,7 +1441,7 @@ static Mass mass_of(const float *x, int64_t size, float temperature, float *weig
             sum += weight;
             moment += weight * choose(power < -87.0f, spread(-87.0f), power); /* of -inf too nothing, not NaN */
         }
-        m.sum += sums(sum, sum, sum, sum)[0], m.moment += sums(moment, moment, moment, moment)[0];
+        m.sum += sum_of(sum), m.moment += sum_of(moment);
         for (; i < end; i++) {
             const float power = x[i] / temperature - m.most;
             weights[i] = power < -87.0f ? 0 : expf(power);
@@ -1501,7 +1559,7 @@ static int inside(const Rows *r, int64_t b, const float *x, int64_t size, const 
             heavier += (Floats)((Ints)load(weights + i) & ahead);
             minus += ahead;
         }
-        before += sums(heavier, heavier, heavier, heavier)[0];
+        before += sum_of(heavier);
         for (int j = 0; j < LANES; j++) rank -= minus[j];
         for (; i < end; i++)
             if (better((Token){x[i], (int32_t)i}, own)) before += weights[i], rank++;

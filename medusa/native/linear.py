@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medusa.native.build import library
+from medusa.native.memory import held
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 TILES = {torch.bfloat16: 3, torch.int8: 4}  # for processors that multiply tiles
@@ -63,7 +64,7 @@ class PackedWeight:
             scales = weight.float().abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             weight = (weight.float() / scales[:, None]).round().to(torch.int8)
         panels = _in_tiles(weight) if tiles else _in_vectors(weight, lanes)
-        return cls(panels=panels.contiguous(), scales=scales, outputs=outputs, inputs=inputs, tiles=tiles)
+        return cls(panels=held(panels), scales=scales, outputs=outputs, inputs=inputs, tiles=tiles)
 
     def c(self) -> CWeight:
         """What the kernels read; valid while this object lives."""

@@ -26,7 +26,7 @@ from medusa.heads import MedusaHeads
 from medusa.native import linear as native_linear
 from medusa.native.build import library
 from medusa.native.guesses import NativeHead, NativeHeads
-from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles
+from medusa.native.linear import MOST_INPUTS, PackedWeight, has_tiles, kernels
 from medusa.proposals import Proposer
 from medusa.tree import RowTrees, Tree
 from tests.tiny_models import make_tiny_backbone_model, make_tiny_tokenizer, save_tiny_folder, with_drawn_vectors
@@ -64,11 +64,12 @@ def tiny(
     groups: int = 2,
     int8: bool = False,
     hidden_size: int = 64,
+    head_dim: int = 16,
     **overrides: Any,
 ) -> tuple[Backbone, Backbone]:
-    """(through the kernels, in float64), the same weights. Head size 16, widths that fill no whole panel."""
+    """(through the kernels, in float64), the same weights. Widths that fill no whole panel."""
     made = make_tiny_backbone_model(
-        family, seed, torch.bfloat16, hidden_size=hidden_size, head_dim=16, num_attention_heads=4,
+        family, seed, torch.bfloat16, hidden_size=hidden_size, head_dim=head_dim, num_attention_heads=4,
         num_key_value_heads=4 // groups, intermediate_size=74, vocab_size=301, initializer_range=0.15, **overrides,
     )  # fmt: skip
     model = with_drawn_vectors(made)
@@ -150,20 +151,27 @@ def gap(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("family", "groups", "window"),
+    ("family", "groups", "window", "vectors"),
     [
-        ("llama", 1, None),
-        ("llama", 2, None),
-        ("llama", 4, None),
-        ("qwen2", 2, None),
-        ("qwen3", 1, None),
-        ("qwen3", 2, None),
-        ("mistral", 2, 3),
-        ("mistral", 4, 8),
+        ("llama", 1, None, None),
+        ("llama", 2, None, None),
+        ("llama", 2, None, 3),
+        ("llama", 4, None, None),
+        ("qwen2", 2, None, None),
+        ("qwen3", 1, None, None),
+        ("qwen3", 2, None, 5),
+        ("mistral", 2, 3, None),
+        ("mistral", 4, 8, None),
     ],
 )
 def test_layers_equal_the_model_in_float64(
-    family: str, groups: int, window: int | None, threads: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    groups: int,
+    window: int | None,
+    vectors: int | None,
+    threads: int,
+    tiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prompt, then a tree behind prefixes of different lengths: hidden states, keys and values.
 
@@ -171,7 +179,8 @@ def test_layers_equal_the_model_in_float64(
     fall to different sides. Tiles round all that they multiply, by up to half a unit in 256.
     """
     near = 1e-2 if tiles else 1e-3
-    backbones = tiny(family=family, groups=groups, sliding_window=window)
+    head_dim = 16 if vectors is None else vectors * kernels().medusa_lanes()
+    backbones = tiny(family=family, groups=groups, sliding_window=window, head_dim=head_dim)
     ids = torch.randint(0, 300, (2, 9))
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]).on(CPU)
     behind = Placement(
