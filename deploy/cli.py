@@ -148,8 +148,9 @@ TreeChoice = Annotated[
     str | None,
     typer.Option(
         "--tree",
-        metavar="N|dynamic[:N]",
-        help="Nodes of the tree; dynamic: the likeliest for each context. Default: the checkpoint's choice.",
+        metavar="N|auto|dynamic[:N]",
+        help="Nodes of the tree; auto: as many as are fastest here; dynamic: the likeliest for each context. Default: the "
+        "checkpoint's choice.",
     ),
 ]
 ConfigFile = Annotated[

@@ -25,10 +25,13 @@ from medusa.logprobs import TokenLogprob
 from medusa.pretrained import heads_folder
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree import Tree
+from medusa.tree_policy import MEASURED_LENGTH, TreePolicy, fit_policy
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
-DYNAMIC = "dynamic"
+DYNAMIC, AUTO = "dynamic", "auto"
+AUTO_NODES = 64  # the largest tree that "auto" tries
+AUTO_BUDGET_S = 1.0
 StaticChoice = Tree | int | Sequence[Sequence[int]] | None
 TreeChoice = StaticChoice | DynamicTree | str
 _ROLES = ("system", "user", "assistant", "tool")
@@ -69,6 +72,8 @@ class Model:
         self.heads = heads
         self.checkpoint = checkpoint
         self._idle: Engine | None = None  # one alone, since each holds a cache
+        self._fastest: Tree | None = None  # of "auto", and how many of its nodes several sequences use, by their most
+        self._policies: dict[int, TreePolicy] = {}
 
     @property
     def tree(self) -> Tree:
@@ -87,8 +92,8 @@ class Model:
         """Answer a prompt — text, chat messages or token ids — or a list of them; a list comes back for a list.
 
         `sampling` are the fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, acceptance, epsilon,
-        delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, a `Tree`, or
-        "dynamic:N". Raises PromptError and ValueError.
+        delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, a `Tree`, "dynamic:N", or "auto": as many
+        nodes as decode fastest here, by steps timed at its first use. Raises PromptError and ValueError.
         """
         many, batch = _as_batch(prompts)
         if not batch:
@@ -101,6 +106,7 @@ class Model:
         ]
         chosen = self._checked_tree(requests, tree)
         engine = self._take_engine(requests, tree=chosen, max_batch_size=min(max_batch_size, len(batch)))
+        engine.policy = self._policy(engine) if tree == AUTO else None
         done = {completion.request_id: completion for completion in engine.run(requests)}
         self._idle = engine
         results = [_generation(done[str(i)], stream) for i, stream in enumerate(streams)]
@@ -160,8 +166,8 @@ class Model:
     def resolve_tree(self, tree: TreeChoice) -> Tree | DynamicTree:
         """The tree that is asked for, None for the checkpoint's own. ValueError where the heads cannot fill it.
 
-        Text is a number of nodes, "dynamic" (as many nodes as the checkpoint's own, the likeliest for each context) or
-        "dynamic:N".
+        Text is a number of nodes, "dynamic" (as many nodes as the checkpoint's own, the likeliest for each context),
+        "dynamic:N", or "auto" (as many nodes as decode one sequence fastest here).
         """
         if self.heads is None:
             if tree not in (None, 1, "1", Tree.root_only()):
@@ -178,8 +184,10 @@ class Model:
             kind, _, count = tree.partition(":")
             if tree.removeprefix("-").isdecimal():
                 return self._choose(int(tree))
+            if tree == AUTO:
+                return self._fastest_tree()
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
-                raise ValueError(f'tree must be a number of nodes, "dynamic" or "dynamic:N", got {tree!r}')
+                raise ValueError(f'tree must be a number of nodes, "auto", "dynamic" or "dynamic:N", got {tree!r}')
             return self._dynamic(int(count) if count else None)
         if tree is None or isinstance(tree, int):
             if isinstance(tree, int) and tree < 1:
@@ -197,6 +205,33 @@ class Model:
         if self.checkpoint is None:
             raise ValueError("a dynamic tree needs a checkpoint's accuracies; give a DynamicTree of your own superset")
         return self.checkpoint.dynamic_tree(num_nodes)
+
+    def _fastest_tree(self) -> Tree:
+        """What "auto" is, measured at its first use."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.accuracy is None:
+            raise ValueError(
+                'tree "auto" needs heads whose accuracy is known; calibrate them, or give a number of nodes'
+            )
+        if self._fastest is None:
+            largest = checkpoint.tree(min(AUTO_NODES, len(checkpoint.paths) + 1))
+            length = min(2 * MEASURED_LENGTH, self.backbone.max_context)
+            engine = Engine(self.backbone, self.heads, tree=largest, max_batch_size=1, context_length=length)
+            self._fastest = largest.first(self._fit(engine).choose(1))
+        return self._fastest
+
+    def _policy(self, engine: Engine) -> TreePolicy | None:
+        """How many nodes of "auto" an idle engine's sequences use, by how many there are; one alone uses all."""
+        most = engine.max_batch_size
+        if most == 1 or engine.tree.num_nodes == 1:
+            return None
+        if most not in self._policies:
+            self._policies[most] = self._fit(engine)
+        return self._policies[most]
+
+    def _fit(self, engine: Engine) -> TreePolicy:
+        assert self.checkpoint is not None and self.checkpoint.accuracy is not None
+        return fit_policy(engine.decoder, self.checkpoint.accuracy, budget_s=AUTO_BUDGET_S)
 
     def _checked_tree(self, requests: Sequence[Request], tree: TreeChoice) -> Tree | DynamicTree:
         """The tree asked for. PromptError and ValueError for what no engine could serve, before one is made."""

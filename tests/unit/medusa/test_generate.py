@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
-from itertools import count, zip_longest
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 import torch
 
 import medusa
+from medusa import tree_policy
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import HeadsConfig
+from medusa.decoder import Decoder
 from medusa.engine import Delta, Engine
 from medusa.heads import MedusaHeads
 from medusa.pretrained import SUFFIXES, heads_folder, pretrained_heads
 from medusa.provision import DEFAULT_BACKBONE
+from medusa.tree_policy import StepCosts
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,59 @@ def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medu
         untrained.resolve_tree("dynamic:2")
 
 
+@pytest.fixture
+def timed(model: medusa.Model, monkeypatch: pytest.MonkeyPatch) -> tuple[medusa.Model, list[tuple[int, int]]]:
+    """The model with accuracies, on a machine where eight rows cost what one does and each further row as much again; the
+    (sequences, nodes) that were timed."""
+    assert model.checkpoint is not None
+    accuracy = ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1), (0.4, 0.2, 0.1))
+    known = medusa.Model(model.backbone, model.heads, replace(model.checkpoint, accuracy=accuracy))
+    seen: list[tuple[int, int]] = []
+
+    def measured(decoder: Decoder, expected: Mapping[int, float], *, budget_s: float) -> StepCosts:
+        batches = [b for b in (1, 2, 4, 8) if b <= decoder.num_slots]
+        seen.extend(product(batches, expected))
+        return StepCosts(seconds={b: {n: 1.0 + max(b * n - 8, 0) for n in expected} for b in batches})
+
+    monkeypatch.setattr(tree_policy, "measure_step_costs", measured)
+    return known, seen
+
+
+def test_auto_takes_the_nodes_that_are_fastest_here(
+    timed: tuple[medusa.Model, list[tuple[int, int]]], plain: medusa.Model
+) -> None:
+    model, seen = timed
+    assert model.resolve_tree("auto").num_nodes == 7, "all there are"
+    assert seen == [(1, 1), (1, 2), (1, 4), (1, 7)]
+    one = model.generate("hello", max_tokens=20, tree="auto")
+    assert set(one.stats.nodes_per_step[1:]) == {7}
+    assert len(seen) == 4, "measured once"
+    prompts = ["hello", "other words", "more of them", "and more"]
+    four, again = (model.generate(prompts, max_tokens=20, tree="auto") for _ in range(2))
+    assert seen[4:] == [*product((1, 2, 4), (1, 2, 4, 7))]
+    assert {nodes for answer in four for nodes in answer.stats.nodes_per_step[1:8]} == {2}, (
+        "together no more than 8 rows"
+    )
+    assert [g.token_ids for g in four] == [g.token_ids for g in again]
+    assert [g.token_ids for g in four] == [g.token_ids for g in plain.generate(prompts, max_tokens=20)]
+    fixed = model.generate(prompts, max_tokens=20, tree=7)
+    assert {nodes for answer in fixed for nodes in answer.stats.nodes_per_step[1:]} == {7}, "no policy is left behind"
+    assert "".join(model.stream("hello", max_tokens=20, tree="auto")) == one.text
+
+
+def test_auto_is_plain_decoding_where_no_tree_pays(
+    timed: tuple[medusa.Model, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = timed
+
+    def by_nodes(decoder: Decoder, expected: Mapping[int, float], *, budget_s: float) -> StepCosts:
+        return StepCosts(seconds={1: {n: float(n) for n in expected}})
+
+    monkeypatch.setattr(tree_policy, "measure_step_costs", by_nodes)
+    several = model.generate(["hello", "words"], max_tokens=5, tree="auto")
+    assert all(set(one.stats.nodes_per_step[1:]) == {1} for one in several)
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "said"),
     [
@@ -199,7 +256,8 @@ def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medu
         ("hello", {"tree": "-1"}, "at least 1 node, got -1"),
         ("hello", {"tree": "dynamic:8"}, "of these heads has 1 to 7 nodes, got 8"),
         ("hello", {"tree": "dynamic:0"}, "got 0"),
-        ("hello", {"tree": "dynamic:"}, 'number of nodes, "dynamic" or "dynamic:N"'),
+        ("hello", {"tree": "dynamic:"}, 'number of nodes, "auto", "dynamic" or "dynamic:N"'),
+        ("hello", {"tree": "auto"}, '"auto" needs heads whose accuracy is known'),
         ("hello", {"tree": "static:4"}, "got 'static:4'"),
         ("hello", {"tree": [(0, 0)]}, "prefix-closed"),
         ("hello", {"tree": [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]}, "4 deep but there are 3"),
