@@ -72,8 +72,8 @@ class Model:
         self.heads = heads
         self.checkpoint = checkpoint
         self._idle: Engine | None = None  # one alone, since each holds a cache
-        self._fastest: Tree | None = None  # of "auto", and how many of its nodes several sequences use, by their most
-        self._policies: dict[int, TreePolicy] = {}
+        self._fastest: Tree | None = None  # what "auto" is here
+        self._policy: TreePolicy | None = None  # and how many of its nodes several sequences use
 
     @property
     def tree(self) -> Tree:
@@ -93,7 +93,8 @@ class Model:
 
         `sampling` are the fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, acceptance, epsilon,
         delta, root, logit_bias, logprobs, …). `tree` is a number of nodes, paths, a `Tree`, "dynamic:N", or "auto": as many
-        nodes as decode fastest here, by steps timed at its first use. Raises PromptError and ValueError.
+        nodes as decode fastest here, by steps timed at its first use and at the first list as long; typical acceptance, whose
+        answers depend on the tree, takes as many for a list as for one. Raises PromptError and ValueError.
         """
         many, batch = _as_batch(prompts)
         if not batch:
@@ -106,7 +107,7 @@ class Model:
         ]
         chosen = self._checked_tree(requests, tree)
         engine = self._take_engine(requests, tree=chosen, max_batch_size=min(max_batch_size, len(batch)))
-        engine.policy = self._policy(engine) if tree == AUTO else None
+        engine.policy = self._policy_for(engine) if _is_auto(tree) else None
         done = {completion.request_id: completion for completion in engine.run(requests)}
         self._idle = engine
         results = [_generation(done[str(i)], stream) for i, stream in enumerate(streams)]
@@ -184,7 +185,7 @@ class Model:
             kind, _, count = tree.partition(":")
             if tree.removeprefix("-").isdecimal():
                 return self._choose(int(tree))
-            if tree == AUTO:
+            if _is_auto(tree):
                 return self._fastest_tree()
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
                 raise ValueError(f'tree must be a number of nodes, "auto", "dynamic" or "dynamic:N", got {tree!r}')
@@ -214,33 +215,33 @@ class Model:
                 'tree "auto" needs heads whose accuracy is known; calibrate them, or give a number of nodes'
             )
         if self._fastest is None:
+            self._idle = None  # its cache goes before another is made
             largest = checkpoint.tree(min(AUTO_NODES, len(checkpoint.paths) + 1))
             length = min(2 * MEASURED_LENGTH, self.backbone.max_context)
             engine = Engine(self.backbone, self.heads, tree=largest, max_batch_size=1, context_length=length)
             self._fastest = largest.first(self._fit(engine).choose(1))
         return self._fastest
 
-    def _policy(self, engine: Engine) -> TreePolicy | None:
-        """How many nodes of "auto" an idle engine's sequences use, by how many there are; one alone uses all."""
-        most = engine.max_batch_size
-        if most == 1 or engine.tree.num_nodes == 1:
+    def _policy_for(self, engine: Engine) -> TreePolicy | None:
+        """How many nodes of "auto" the sequences of an idle engine use, by how many they are; None: all."""
+        if engine.max_batch_size == 1 or engine.tree.num_nodes == 1:
             return None
-        if most not in self._policies:
-            self._policies[most] = self._fit(engine)
-        return self._policies[most]
+        if self._policy is None or max(self._policy.costs.seconds) < engine.max_batch_size:
+            self._policy = self._fit(engine)
+        return self._policy
 
     def _fit(self, engine: Engine) -> TreePolicy:
         assert self.checkpoint is not None and self.checkpoint.accuracy is not None
         return fit_policy(engine.decoder, self.checkpoint.accuracy, budget_s=AUTO_BUDGET_S)
 
     def _checked_tree(self, requests: Sequence[Request], tree: TreeChoice) -> Tree | DynamicTree:
-        """The tree asked for. PromptError and ValueError for what no engine could serve, before one is made."""
-        chosen = self.resolve_tree(tree)
+        """The tree asked for. PromptError and ValueError for what no engine could serve, before one is made or measured."""
+        chosen = None if _is_auto(tree) else self.resolve_tree(tree)
         for request in requests:
             check_request(request, context_length=self.backbone.max_context, vocab_size=self.backbone.vocab_size)
         for grammar in {request.params.grammar for request in requests if request.params.grammar}:
             Guide(grammar, self.backbone.grammar_vocabulary)
-        return chosen
+        return self.resolve_tree(tree) if chosen is None else chosen
 
     def _take_engine(self, requests: Sequence[Request], *, tree: Tree | DynamicTree, max_batch_size: int) -> Engine:
         """An engine with room for these requests, the caller's alone: the idle one if it fits, else a new one.
@@ -295,6 +296,10 @@ def load(
     if checkpoint.adapters is not None:
         loaded.merge(checkpoint.adapters)
     return Model(loaded, checkpoint.heads, checkpoint)
+
+
+def _is_auto(tree: TreeChoice) -> bool:
+    return isinstance(tree, str) and tree == AUTO
 
 
 def _generation(completion: Completion, stream: TextStream) -> Generation:

@@ -44,6 +44,7 @@
 #define DEEP 32   /* inputs that one product of tiles of bfloat16 takes */
 #define DEEPER 64 /* and of bytes */
 #define STEPS 32512.0f /* of a row's largest, at most: a signed byte times 256 and an unsigned one */
+#define TINY 1e-30f /* a row whose largest is less counts as zeros */
 #define RUN 512   /* inputs of which no sum of steps times bytes overflows 32 bits */
 #define LINE 64   /* bytes of a cache line */
 #define QUERIES 4 /* queries of a narrow block */
@@ -273,9 +274,9 @@ INLINE void widen(const Weight *w, int type, int64_t panel, int64_t k, Floats bo
     }
 }
 
-/* What a tile fetches meanwhile: so many bytes an input, from there on. */
+/* What a tile fetches meanwhile: so many bytes an input, from an address on that may lie behind the last weights. */
 typedef struct {
-    const char *from;
+    uintptr_t from;
     int64_t pace;
 } Ahead;
 
@@ -283,7 +284,7 @@ typedef struct {
 INLINE void fetch(Ahead ahead, int type, int panels, int64_t k, int step)
 {
     const int bytes = panels * PANEL * 4 / WORD(type) * step;
-    for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(ahead.from + k * ahead.pace + i, 0, 2);
+    for (int i = 0; i < bytes; i += LINE) __builtin_prefetch((const void *)(ahead.from + (uintptr_t)(k * ahead.pace + i)), 0, 2);
 }
 
 /* Rows of x [.][inputs] times some panels, into out [rows][panels * PANEL]. `type`, `panels` and `rows` are constants. */
@@ -323,7 +324,7 @@ INLINE int64_t upward(int64_t size, int64_t step) { return (size + step - 1) / s
 
 /* Bytes of a row that products with INT8 read: its steps of 16 bits, then what one is worth. */
 INLINE int64_t row_bytes(int64_t inputs) { return upward(inputs, 2 * LANES) * 2 + LINE; }
-INLINE float step_of(const char *row, int64_t inputs) { return *(const float *)(row + row_bytes(inputs) - LINE); }
+INLINE float *step_of(const char *row, int64_t inputs) { return (float *)(row + row_bytes(inputs) - LINE); }
 
 /* The same of INT8, whose rows `x` stand in steps. */
 INLINE void byte_tile(const Weight *w, int64_t panel, int panels, const char *x, int rows, Ahead ahead, float *out)
@@ -355,7 +356,7 @@ INLINE void byte_tile(const Weight *w, int64_t panel, int panels, const char *x,
             }
     }
     for (int r = 0; r < rows; r++) {
-        const float step = step_of(x + r * stride, inputs);
+        const float step = *step_of(x + r * stride, inputs);
         for (int v = 0; v < panels * 2; v++) {
             float *to = out + (r * panels * 2 + v) * LANES;
             store(to, load(to) * step * load(w->scales + panel * PANEL + v * LANES));
@@ -434,10 +435,10 @@ INLINE Ints in_steps(const float *x, int64_t i, int64_t inputs, float steps)
 /* A row as products with INT8 read it. */
 static void narrow_to_shorts(const float *x, int64_t inputs, char *row)
 {
-    const float largest = largest_size(x, inputs), steps = largest > 0 ? STEPS / largest : 0;
+    const float largest = largest_size(x, inputs), steps = largest > TINY ? STEPS / largest : 0;
     for (int64_t i = 0; i < inputs; i += LANES)
         *(AnyShorts *)(row + i * 2) = __builtin_convertvector(in_steps(x, i, inputs, steps), Shorts);
-    *(float *)(row + row_bytes(inputs) - LINE) = largest / STEPS;
+    *step_of(row, inputs) = largest / STEPS;
 }
 
 #ifdef HAS_TILES
@@ -462,7 +463,7 @@ static void narrow(const float *x, int64_t inputs, uint16_t *y)
 /* A row to its place in tiles of bytes [inputs / DEEPER][high, low][SIDE][DEEPER]; what one step is worth. */
 static float narrow_to_bytes(const float *x, int64_t inputs, uint8_t *y)
 {
-    const float largest = largest_size(x, inputs), steps = largest > 0 ? STEPS / largest : 0;
+    const float largest = largest_size(x, inputs), steps = largest > TINY ? STEPS / largest : 0;
     for (int64_t i = 0; i < upward(inputs, DEEPER); i += LANES) {
         const Ints whole = in_steps(x, i, inputs, steps);
         uint8_t *to = y + i / DEEPER * 2 * SIDE * DEEPER + i % DEEPER;
@@ -598,8 +599,8 @@ INLINE int64_t height_of(const Weight *w) { return w->type == TILES ? 2 * SIDE :
 /* While some panels are multiplied the next are fetched from memory, a part of them with each tile of rows. */
 static Ahead next_panels(const Weight *w, int64_t panel, int panels, int64_t row, int64_t rows)
 {
-    const int64_t each = PANEL * 4 / WORD(w->type), tiles = (rows + TILE - 1) / TILE, pace = (panels * each + tiles - 1) / tiles;
-    return (Ahead){(const char *)w->panels + ((panel + panels) * each + row / TILE * pace) * w->inputs, pace};
+    const int64_t each = PANEL * 4 / WORD(w->type), times = (rows + TILE - 1) / TILE, pace = (panels * each + times - 1) / times;
+    return (Ahead){(uintptr_t)w->panels + (uintptr_t)(((panel + panels) * each + row / TILE * pace) * w->inputs), pace};
 }
 
 /* As many of x's rows from `row` on as are taken at once times some panels, into out [that many][panels * PANEL]. */
@@ -609,10 +610,11 @@ static int block(const Weight *w, int64_t panel, int panels, const void *x, int6
     const float *floats = (const float *)x + row * w->inputs;
     const char *shorts = (const char *)x + row * row_bytes(w->inputs);
     const char *band = (const char *)x + row / SIDE * band_bytes(w, w->inputs);
+    const Ahead ahead = next_panels(w, panel, panels, row, rows);
     switch (w->type) {
-    case FLOAT32: float32_tile(w, panel, panels, floats, (int)here, next_panels(w, panel, panels, row, rows), out); break;
-    case BFLOAT16: bfloat16_tile(w, panel, panels, floats, (int)here, next_panels(w, panel, panels, row, rows), out); break;
-    case INT8: int8_tile(w, panel, panels, shorts, (int)here, next_panels(w, panel, panels, row, rows), out); break;
+    case FLOAT32: float32_tile(w, panel, panels, floats, (int)here, ahead, out); break;
+    case BFLOAT16: bfloat16_tile(w, panel, panels, floats, (int)here, ahead, out); break;
+    case INT8: int8_tile(w, panel, panels, shorts, (int)here, ahead, out); break;
     case TILES: tiles(w, panel, (const uint16_t *)band, here, out); break;
     default: byte_tiles(w, panel, band, here, out);
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,20 +27,26 @@ class Pages:
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """So many bytes from a cache line's begin on; their chunk lives as long as anything that was taken of it."""
+        """So many bytes from a cache line's begin on; what is large has a chunk of its own, given back with it. A shared chunk
+        is given back when all that was taken of it is gone, and the next was begun."""
+        if size > CHUNK:
+            return _chunk(size)[:size]
         with self._lock:
             if size > len(self._left):
-                self._left = _chunk(max(CHUNK, size))
+                self._left = _chunk(CHUNK)
             place, self._left = self._left[:size], self._left[-(-size // LINE) * LINE :]
         return place
 
 
-pages = Pages()
+@cache
+def pages() -> Pages:
+    """This process's."""
+    return Pages()
 
 
 def held(tensor: Tensor) -> Tensor:
     """A contiguous copy of a CPU tensor, beside others of its kind."""
-    place = pages.take(tensor.numel() * tensor.element_size())
+    place = pages().take(tensor.numel() * tensor.element_size())
     return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

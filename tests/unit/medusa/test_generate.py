@@ -215,7 +215,8 @@ def test_auto_takes_the_nodes_that_are_fastest_here(
     assert len(seen) == 4, "measured once"
     prompts = ["hello", "other words", "more of them", "and more"]
     four, again = (model.generate(prompts, max_tokens=20, tree="auto") for _ in range(2))
-    assert seen[4:] == [*product((1, 2, 4), (1, 2, 4, 7))]
+    model.generate(prompts[:3], max_tokens=3, tree="auto")
+    assert seen[4:] == [*product((1, 2, 4), (1, 2, 4, 7))], "once for as many"
     assert {nodes for answer in four for nodes in answer.stats.nodes_per_step[1:8]} == {2}, (
         "together no more than 8 rows"
     )
@@ -224,6 +225,19 @@ def test_auto_takes_the_nodes_that_are_fastest_here(
     fixed = model.generate(prompts, max_tokens=20, tree=7)
     assert {nodes for answer in fixed for nodes in answer.stats.nodes_per_step[1:]} == {7}, "no policy is left behind"
     assert "".join(model.stream("hello", max_tokens=20, tree="auto")) == one.text
+    warm = model.generate(prompts, max_tokens=8, tree="auto", temperature=0.9, seed=3)
+    assert {nodes for answer in warm for nodes in answer.stats.nodes_per_step[1:]} == {7}, (
+        "typical answers depend on it"
+    )
+
+
+def test_auto_measures_nothing_for_what_no_engine_could_serve(
+    timed: tuple[medusa.Model, list[tuple[int, int]]],
+) -> None:
+    model, seen = timed
+    with pytest.raises(medusa.PromptError, match="ask for max_tokens"):
+        model.generate("hello", max_tokens=10_000, tree="auto")
+    assert not seen
 
 
 def test_auto_is_plain_decoding_where_no_tree_pays(
@@ -257,7 +271,7 @@ def test_auto_is_plain_decoding_where_no_tree_pays(
         ("hello", {"tree": "dynamic:8"}, "of these heads has 1 to 7 nodes, got 8"),
         ("hello", {"tree": "dynamic:0"}, "got 0"),
         ("hello", {"tree": "dynamic:"}, 'number of nodes, "auto", "dynamic" or "dynamic:N"'),
-        ("hello", {"tree": "auto"}, '"auto" needs heads whose accuracy is known'),
+        ("hello", {"tree": "auto", "max_tokens": 2}, '"auto" needs heads whose accuracy is known'),
         ("hello", {"tree": "static:4"}, "got 'static:4'"),
         ("hello", {"tree": [(0, 0)]}, "prefix-closed"),
         ("hello", {"tree": [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]}, "4 deep but there are 3"),

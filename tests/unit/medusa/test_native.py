@@ -80,7 +80,7 @@ def tiny(
 
 
 @pytest.mark.parametrize(("kind", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
-@pytest.mark.parametrize("shape", [(70, 34), (16, 8), (3, 2), (65, 130)])
+@pytest.mark.parametrize("shape", [(70, 34), (16, 8), (3, 2), (65, 130), (33, 1030)])
 def test_products_are_exact_and_rows_are_alone(
     kind: torch.dtype, int8: bool, shape: tuple[int, int], threads: int, tiles: bool
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import mmap
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from medusa.native.memory import CHUNK, HUGE, LINE, held
 
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "pages", memory.Pages())
+    own = memory.Pages()
+    monkeypatch.setattr(memory, "pages", lambda: own)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
@@ -48,12 +51,16 @@ def test_memory_is_given_back_with_the_last_that_lies_in_it(monkeypatch: pytest.
             chunks.append(weakref.ref(self))
 
     monkeypatch.setattr(mmap, "mmap", Watched)
+
+    def are_gone() -> list[bool]:
+        gc.collect()
+        return [chunk() is None for chunk in chunks]
+
     first, second = held(torch.ones(CHUNK // 4)), held(torch.ones(CHUNK // 4))
-    other = held(torch.ones(8))
-    assert len(chunks) == 3
-    del first
-    gc.collect()
-    assert [chunk() is None for chunk in chunks] == [True, False, False]
+    large, other = held(torch.ones(CHUNK // 2)), held(torch.ones(8))
+    assert are_gone() == [False] * 4
+    del first, large
+    assert are_gone() == [True, False, True, False]
     assert float(second.sum()) == CHUNK // 4 and float(other.sum()) == 8
 
 
@@ -67,10 +74,23 @@ def test_a_system_without_huge_pages_does_without(how: str, monkeypatch: pytest.
     assert torch.equal(held(torch.arange(9)), torch.arange(9))
 
 
-def test_threads_get_places_of_their_own() -> None:
-    def filled(number: int) -> torch.Tensor:
-        return held(torch.full((50_000,), number, dtype=torch.int32))
+class Slow:
+    """Places that take a moment to cut, so that threads meet there."""
 
+    def __init__(self, places: range) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, part: slice) -> Slow:
+        time.sleep(1e-4)
+        return Slow(self.places[part])
+
+
+def test_threads_get_places_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: Any = memory.pages()
+    monkeypatch.setattr(shared, "_left", Slow(range(200 * LINE)))
     with ThreadPoolExecutor(8) as pool:
-        copies = list(pool.map(filled, range(300)))
-    assert all(bool((copy == number).all()) for number, copy in enumerate(copies))
+        taken = list(pool.map(shared.take, [LINE] * 100))
+    assert sorted(place.places.start for place in taken) == [LINE * i for i in range(100)]
