@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -121,9 +122,23 @@ class Details:
         )
 
 
+def _figures_of(record: dict[str, Any]) -> Figures:
+    given: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
+    return Figures(**given)
+
+
+def _without_nan(value: Any) -> Any:
+    """A record with null for NaN, which JSON has not: what was measured of answers without a step."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _case_of(record: dict[str, Any]) -> Case:
-    by_category = {name: Figures(**figures) for name, figures in record["by_category"].items()}
-    given = {"overall": Figures(**record["overall"]), "by_category": by_category}
+    by_category = {name: _figures_of(figures) for name, figures in record["by_category"].items()}
+    given = {"overall": _figures_of(record["overall"]), "by_category": by_category}
     return Case(**{**record, **given, "depth_reached": tuple(record["depth_reached"])})
 
 
@@ -255,8 +270,8 @@ def write_report(
     ]
     page = folder / PAGE
     page.write_text("\n".join(lines), encoding="utf-8")
-    record = {"inputs": inputs, "evaluation": asdict(evaluation), "details": asdict(details)}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = _without_nan({"inputs": inputs, "evaluation": asdict(evaluation), "details": asdict(details)})
+    (folder / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return page, plot
 
 

@@ -22,7 +22,7 @@ from pipelines.evaluate import ask, compare, depth_reached, differing, figures, 
 from pipelines.prompts import Prompt
 from pipelines.quality import compare_backbones, heldout_paragraphs
 from pipelines.registry import folder_digest
-from pipelines.report import Details, Difference, write_report
+from pipelines.report import RECORD, Details, Difference, write_report
 from pipelines.timing import Trace
 from tests.tiny_models import make_tiny_backbone_model, save_tiny_folder
 from tests.unit.medusa.tiny import random_heads
@@ -287,6 +287,11 @@ def test_a_category_whose_answers_have_one_token_has_no_figures(
     case = replace(result.details.cases[0], by_category={"yes or no": figures(short, short)})
     page, _ = write_report(tmp_path, result.evaluation, [[1]], Details(cases=(case,)))
     assert "| yes or no | 2 | – | – | – | 2.0 |" in page.read_text()
+    text = (tmp_path / RECORD).read_text()
+    assert "NaN" not in text, "which JSON has not"
+    (read,) = Details.from_record(json.loads(text)["details"]).cases
+    assert math.isnan(read.by_category["yes or no"].plain_step_s)
+    assert read.overall == case.overall
 
 
 def test_an_untouched_backbone_keeps_its_quality_and_a_broken_one_does_not(model: medusa.Model, tmp_path: Path) -> None:
