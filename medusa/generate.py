@@ -185,7 +185,7 @@ class Model:
             kind, _, count = tree.partition(":")
             if tree.removeprefix("-").isdecimal():
                 return self._choose(int(tree))
-            if _is_auto(tree):
+            if tree == AUTO:
                 return self._fastest_tree()
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
                 raise ValueError(f'tree must be a number of nodes, "auto", "dynamic" or "dynamic:N", got {tree!r}')

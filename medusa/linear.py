@@ -40,9 +40,7 @@ class Kernel(Enum):
     PLAIN = "plain"  # PyTorch's own; activations in the weight's type
     ONEDNN = "onednn"  # bf16 weights in oneDNN's own layout, on CPUs with bf16 arithmetic; bf16 activations
     NATIVE = "native"  # our own kernels: bf16 weights; float32 activations, rounded to bf16 where the CPU has AMX
-    NATIVE_INT8 = (
-        "native int8"  # weights rounded to int8; float32 activations, rounded to 16 bits of each row's largest
-    )
+    NATIVE_INT8 = "native int8"  # int8 weights; float32 activations, rounded to 16 bits of each row's largest
     FBGEMM = "fbgemm"  # weights as packed fp16, float32 activations and arithmetic: for CPUs that emulate the type
 
     def activation_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:

@@ -220,7 +220,7 @@ INLINE Floats exponential(Floats x)
     return (Floats)((Ints)(p * (Floats)power) & ~vanishes);
 }
 
-/* A vector's halves summed until so many numbers are left. */
+/* A vector's halves summed until eight numbers are left. */
 INLINE Eight eight_of(Floats x)
 {
 #if LANES == 16
