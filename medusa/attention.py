@@ -21,7 +21,7 @@ from medusa.errors import BackboneError
 from medusa.triton_support import has_triton
 
 IMPLEMENTATION = "medusa_tree"
-GpuKernels = Literal["torch", "triton", "fused"]
+GpuKernels = Literal["torch", "triton"]
 MAX_TRITON_NODES = 256  # longer chunks of prompts are few: the masked kernel reads them
 # Query with its groups folded into its rows [B,H/G,G·N,E], keys and values [B,H/G,S,E] → node by node [B,N,H,E].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,8 +83,6 @@ def parse_gpu_kernels(name: str | None, device: torch.device, dtype: torch.dtype
         raise ValueError(f"gpu_kernels {name!r} needs a CUDA GPU, got device {device}; use 'torch'")
     if name != "torch" and dtype == torch.float64:
         raise ValueError(f"gpu_kernels {name!r} computes in float32 or less, got float64; use 'torch'")
-    if name == "fused" and dtype == torch.float16:
-        raise ValueError("gpu_kernels 'fused' would overflow in float16; use 'triton', or bfloat16")
     return name  # type: ignore[return-value]
 
 
@@ -100,9 +98,7 @@ def masked_attend(mask: Tensor, groups: int) -> Attend:
     return attend
 
 
-def triton_attend(
-    offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None, *, overlap: bool = False
-) -> Attend:
+def triton_attend(offsets: Tensor, depths: Tensor, visible: Tensor, window: int | None) -> Attend:
     """Attention of a step without a mask of the context: see `tree_attention_triton`. Shapes as in `step_mask`."""
     from medusa import tree_attention_triton  # Triton is where CUDA builds of torch are
 
@@ -113,7 +109,6 @@ def triton_attend(
         visible=visible,
         depths=depths.expand(len(offsets), -1),
         window=window,
-        overlap=overlap,
     )
 
 

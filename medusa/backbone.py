@@ -282,7 +282,7 @@ def load_backbone(
     `fused` lets a model that the fused path computes (Llama, Mistral, Qwen 2 and 3) run through it; the generic path is the
     reference. `int8` rounds the weights of that path, half the bytes of bfloat16: on a CPU with a C compiler.
     `gpu_kernels` is what the fused path runs by on a GPU besides its products: our own Triton kernels ("triton", chosen where
-    there are both), or PyTorch's, with a mask ("torch"). "fused": products of few rows are our own too; not yet measured.
+    there are both), or PyTorch's, with a mask ("torch").
     """
     torch_dtype = parse_dtype(dtype)
     int8 = torch_dtype == torch.int8

@@ -3,8 +3,8 @@
     B sequences, N new positions, D hidden, H query heads, G query heads per key/value head, E head size
 
 Query, key and value are one product, gate and up another; weights are packed for this device; nothing is looked up by
-name in the loop. What lies between the products is `llama_torch`'s or, on a GPU, `llama_triton`'s, and "fused" there makes
-it part of them (`products_triton`); on a CPU with a C compiler all layers are one call (medusa/native).
+name in the loop. What lies between the products is `llama_torch`'s or, on a GPU, `llama_triton`'s; on a CPU with a C
+compiler all layers are one call (medusa/native).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from medusa.attention import (
 )
 from medusa.errors import BackboneError
 from medusa.kv_cache import KVCache
-from medusa.linear import NATIVE, Kernel, Linear, PlainProduct, kernel_for
+from medusa.linear import NATIVE, Kernel, Linear, kernel_for
 from medusa.llama_torch import HeadEdits
 from medusa.native.build import library
 from medusa.native.linear import PackedWeight, fits_int8
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from medusa.backbone import Placement
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MAX_PRODUCT_ROWS = 64  # of "fused"; more are bound by arithmetic, which a library's products are better at
 
 
 class FusedLlama:
@@ -69,8 +68,7 @@ class FusedLlama:
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False, gpu_kernels: GpuKernels = "torch") -> None:
         """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them.
-        `gpu_kernels`, where the CPU's own kernels do not serve: "torch" and "triton" do what lies between the products;
-        "fused" does these too, of few rows, and is not yet measured."""
+        `gpu_kernels` does what lies between the products where the CPU's own kernels do not."""
         config: Any = model.config
         core: Any = model.get_decoder()
         self.int8 = int8
@@ -185,8 +183,6 @@ class FusedLlama:
 
     def _layer_by_layer(self, hidden: Tensor, positions: Tensor, where: Placement, cache: KVCache) -> Tensor:
         cos, sin = self.rotary(hidden, positions)
-        if self.gpu_kernels == "fused" and positions.numel() <= MAX_PRODUCT_ROWS:
-            return self._by_own_products(hidden, cos, sin, where, cache)
         attend, between = self._attend(where, hidden.shape[1]), self._between
         normed = between.norm(hidden, self.layers[0].norm_attention, self.eps)
         norms_after = [layer.norm_attention for layer in self.layers[1:]] + [self.norm]
@@ -198,37 +194,18 @@ class FusedLlama:
             hidden, normed = between.add_norm(hidden, moved, norm_after, self.eps)
         return normed
 
-    def _by_own_products(self, hidden: Tensor, cos: Tensor, sin: Tensor, where: Placement, cache: KVCache) -> Tensor:
-        """The layers as six or seven kernels each, norms, gate and sums being part of the products; a chain that overlaps."""
-        from medusa.llama_triton import norm, rotate_into  # Triton is where CUDA builds of torch are
-        from medusa.overlap_triton import can_overlap
-        from medusa.products_triton import product
-
-        batch, num_new, _ = hidden.shape
-        overlap = can_overlap(hidden.device)
-        attend = triton_attend(where.offsets, where.depths, where.visible, self.window, overlap=overlap)
-        multiply = partial(product, eps=self.eps, overlap=overlap)
-        rows = hidden.flatten(0, 1)
-        for index, layer in enumerate(self.layers):
-            qkv = multiply(rows, _weight(layer.qkv), gain=layer.norm_attention).view(batch, num_new, -1)
-            turned = rotate_into(cache, index, qkv, cos, sin, groups=self.groups, edits=layer.edits, overlap=overlap)
-            rows = multiply(attend(*turned).view(batch * num_new, -1), _weight(layer.out), residual=rows)
-            inner = multiply(rows, _weight(layer.gate_up), gain=layer.norm_mlp, gated=True)
-            rows = multiply(inner, _weight(layer.down), residual=rows)
-        return norm(rows.view_as(hidden), self.norm, self.eps, overlap=overlap)
-
     @property
     def _between(self) -> _Between:
         """What lies between the products, by the kernels chosen."""
-        if self.gpu_kernels == "torch":
-            return llama_torch
-        from medusa import llama_triton  # Triton is where CUDA builds of torch are
+        if self.gpu_kernels == "triton":
+            from medusa import llama_triton  # Triton is where CUDA builds of torch are
 
-        return llama_triton
+            return llama_triton
+        return llama_torch
 
     def _attend(self, where: Placement, num_new: int) -> Attend:
         """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
-        if self.gpu_kernels != "torch" and num_new <= MAX_TRITON_NODES:
+        if self.gpu_kernels == "triton" and num_new <= MAX_TRITON_NODES:
             return triton_attend(where.offsets, where.depths, where.visible, self.window)
         mask = step_mask(
             offsets=where.offsets,
@@ -250,12 +227,6 @@ def _windows(config: Any) -> set[int | None]:
 def _biases(*layers: Any) -> list[Tensor]:
     """Those of the linear layers among `layers` that have one."""
     return [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
-
-
-def _weight(linear: Linear) -> Tensor:
-    """Of a product that is PyTorch's own, as all are on a GPU."""
-    assert isinstance(linear, PlainProduct)
-    return linear.weight
 
 
 class _Between(Protocol):

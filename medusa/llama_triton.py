@@ -15,17 +15,14 @@ from torch import Tensor
 
 from medusa.kv_cache import KVCache
 from medusa.llama_torch import HeadEdits
-from medusa.overlap_triton import launch_options, wait_for_previous
 
 WIDTH = 1024  # elements of a program of `gated`
 HEADS = 4  # heads of a program of `rotate_into`
 
 
 @triton.jit
-def _norm(hidden, update, weight, summed, normed, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr,
-          OVERLAP: tl.constexpr):  # fmt: skip
+def _norm(hidden, update, weight, summed, normed, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """One row: its sum with the update where there is one, stored, and the norm of that."""
-    wait_for_previous(OVERLAP)
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < size
     x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
@@ -52,11 +49,9 @@ def _gate(gate_up, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(qkv, bias, gains, cos, sin, offsets, query, keys, values, num_new, num_kv, groups, half, stride_slot,
-            stride_head, eps, BIAS: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-            OVERLAP: tl.constexpr):  # fmt: skip
+            stride_head, eps, BIAS: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Some heads of one new position: query heads to the query, key heads to the cache, both turned, and with NORM normed
     before; value heads as they are. `keys` and `values` begin at the first row's slot."""
-    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     sequence, new = token // num_new, token % num_new
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
@@ -103,10 +98,10 @@ def _rotate(qkv, bias, gains, cos, sin, offsets, query, keys, values, num_new, n
     tl.store(target + half, plain_high.to(values.dtype.element_ty), mask=is_value)
 
 
-def norm(hidden: Tensor, weight: Tensor, eps: float, *, overlap: bool = False) -> Tensor:
-    """As `llama_torch.norm`; for `overlap` see `overlap_triton`."""
+def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `llama_torch.norm`."""
     hidden = hidden.contiguous()
-    return _normed(hidden, None, hidden, weight, eps, overlap=overlap)
+    return _normed(hidden, None, hidden, weight, eps)
 
 
 def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -116,14 +111,12 @@ def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tupl
     return summed, _normed(hidden, update.contiguous(), summed, weight, eps)
 
 
-def _normed(
-    hidden: Tensor, update: Tensor | None, summed: Tensor, weight: Tensor, eps: float, *, overlap: bool = False
-) -> Tensor:
+def _normed(hidden: Tensor, update: Tensor | None, summed: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed, size = torch.empty_like(hidden), hidden.shape[-1]
     block = triton.next_power_of_2(size)
     _norm[(hidden.numel() // size,)](
         hidden, hidden if update is None else update, weight, summed, normed, eps, size, ADD=update is not None,
-        BLOCK=block, OVERLAP=overlap, num_warps=min(16, max(1, block // 256)), **launch_options(overlap),
+        BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
     return normed
 
@@ -145,9 +138,8 @@ def rotate_into(
     *,
     groups: int,
     edits: HeadEdits,
-    overlap: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `llama_torch.rotate_into`; for `overlap` see `overlap_triton`."""
+    """As `llama_torch.rotate_into`."""
     batch, num_new, size = cos.shape
     num_kv = qkv.shape[-1] // size // (groups + 2)
     keys, values = cache.seen(layer)
@@ -158,6 +150,6 @@ def rotate_into(
         qkv.contiguous(), cos if edits.bias is None else edits.bias, cos if edits.gains is None else edits.gains,
         cos.contiguous(), sin.contiguous(), cache.offsets, query, keys, values, num_new, num_kv, groups, half,
         keys.stride(0), keys.stride(1), edits.eps, BIAS=edits.bias is not None, NORM=edits.gains is not None, HEADS=HEADS,
-        HALF=triton.next_power_of_2(half), OVERLAP=overlap, num_warps=1, **launch_options(overlap),
+        HALF=triton.next_power_of_2(half), num_warps=1,
     )  # fmt: skip
     return query, keys, values

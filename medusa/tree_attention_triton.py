@@ -11,12 +11,12 @@ row's tree are never read. Import this where Triton is; elsewhere, `F.scaled_dot
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from medusa.overlap_triton import launch_options, num_processors, wait_for_previous
 
 BLOCK = 64  # keys of a block, and most query rows
 # A processor's shared memory, 99 KB on many GPUs, holds no larger ones of float32; by head size up to 128 and above.
@@ -59,10 +59,9 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
             stride_seen_b, stride_seen_n, out, depths, stride_depth_b, window,
             ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
-            WHOLE: tl.constexpr, WINDOW: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+            WHOLE: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """Softmax over one piece of one row's keys: partial [B,H,M,C,E] not yet divided, its largest score and its sum; or,
     where one piece is the `WHOLE`, the result."""
-    wait_for_previous(OVERLAP)
     sequence = (tl.program_id(0) // num_heads).to(tl.int64)
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     piece, num_pieces = tl.program_id(2), tl.num_programs(2)
@@ -126,9 +125,8 @@ def _pieces(q, k, v, offsets, visible, partial, most_of, total_of, scale, num_he
 
 @triton.jit
 def _join(partial, most_of, total_of, out, num_heads, num_rows, num_nodes, num_pieces, size,
-          PIECES: tl.constexpr, HEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+          PIECES: tl.constexpr, HEAD: tl.constexpr):  # fmt: skip
     """One query row: its pieces [C,E] weighed by their largest scores, and divided by the sum of all."""
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     piece, within = tl.arange(0, PIECES), tl.arange(0, HEAD)
     is_piece = piece < num_pieces
@@ -154,7 +152,6 @@ def tree_attention(
     window: int | None = None,
     scale: float | None = None,
     num_pieces: int | None = None,
-    overlap: bool = False,
 ) -> Tensor:
     """query [B,H,M,E], keys and values [B,H,S,E], prefix lengths `offsets` [B] (integers, offsets + N ≤ S) → [B,N,HM/N,E]:
     each node's query heads side by side, as the product that follows reads them.
@@ -162,7 +159,7 @@ def tree_attention(
     `visible` [B,N,N] bool says which nodes, the keys right behind a prefix, see which; query row m is node m mod N. The
     last dimension of keys, values and `visible` lies in one piece. With a `window` a node sees only what lies less than that
     many positions back, by the nodes' `depths` [B,N] below the root, which is node 0; among the nodes `visible` must say so
-    already. `scale` is 1/√E by default, `num_pieces` fits the GPU; for `overlap` see `overlap_triton`.
+    already. `scale` is 1/√E by default, `num_pieces` fits the GPU.
     """
     batch, num_heads, num_rows, size = query.shape
     num_nodes = visible.shape[-1]
@@ -196,18 +193,23 @@ def tree_attention(
         query, keys, values, offsets, seen, partial, most, total, scale or size**-0.5,
         num_heads, num_rows, num_nodes, size, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         *seen.stride()[:2], out, depths, depths.stride(0), window or 0, ROWS=block_rows, KEYS=block, HEAD=head,
-        PRECISION="ieee" if exact else "tf32", WHOLE=whole, WINDOW=window is not None, OVERLAP=overlap,
-        **launch_options(overlap),
+        PRECISION="ieee" if exact else "tf32", WHOLE=whole, WINDOW=window is not None,
     )  # fmt: skip
     if not whole:
         _join[(batch * num_heads * num_rows,)](
             partial, most, total, out, num_heads, num_rows, num_nodes, pieces, size,
-            PIECES=triton.next_power_of_2(pieces), HEAD=head, OVERLAP=overlap, **launch_options(overlap),
+            PIECES=triton.next_power_of_2(pieces), HEAD=head,
         )  # fmt: skip
     return out
 
 
 def _num_pieces(programs: int, key_blocks: int, device: torch.device) -> int:
     """Enough programs for every processor, by what is known when a graph is recorded: shapes alone."""
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(device), programs)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _num_processors(device), programs)
     return max(1, min(wanted, key_blocks, MAX_PIECES))
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    """A GPU's multiprocessors; 1 elsewhere, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -37,7 +37,8 @@ def random_heads(
     vocabulary: torch.Tensor | None = None,
     kind: HeadKind = "medusa",
 ) -> MedusaHeads:
-    """Heads whose every tensor is random: no two guess alike."""
+    """Heads whose every tensor is random: no two guess alike. The same in every type, since they are drawn in float32: some
+    versions of torch draw other numbers in 16 bits."""
     heads = MedusaHeads(
         HeadsConfig(num_heads=NUM_HEADS, num_layers=num_layers, lm_heads=lm_heads, kind=kind),  # type: ignore[arg-type]
         hidden_size=backbone.hidden_size,
@@ -48,7 +49,7 @@ def random_heads(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in heads.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * 0.3)
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
     return heads.eval()
 
 
