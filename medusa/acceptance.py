@@ -19,15 +19,25 @@ from torch import Tensor
 from medusa.native.walk import accepted_path, can_walk
 from medusa.sampling import TYPICAL, SamplingRows, draw, filter_logits
 from medusa.tree import RowTrees
+from medusa.triton_support import triton_serves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """For each sequence: the accepted node [B], how many nodes below the root were accepted [B], and the next root [B]."""
+    """For each sequence: the accepted node [B], how many nodes below the root were accepted [B], and the next root [B].
+
+    `path` [B,L+1] holds the accepted nodes from the root on, −1 past the last.
+    """
 
     node: Tensor
     num_accepted: Tensor
     next_root: Tensor
+    path: Tensor
+
+    @classmethod
+    def at(cls, tree: RowTrees, node: Tensor, next_root: Tensor) -> Acceptance:
+        """What follows from where a walk ended [B] and the token [B] that it ended with."""
+        return cls(node=node, num_accepted=tree.depth_of(node), next_root=next_root, path=tree.path_to(node))
 
 
 def accept(
@@ -49,7 +59,7 @@ def accept(
         edit.apply(logits, tokens, tree)
     if early_exit and can_walk(logits):
         node, next_root = accepted_path(logits, tokens, tree.parents, rows, root_position)
-        return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
+        return Acceptance.at(tree, node, next_root)
     if not rows.any_typical:
         return walk(tree, tokens, logits, rows, root_position, early_exit=early_exit)
     typical = accept_typical(tree, tokens, logits, rows, root_position)
@@ -57,11 +67,11 @@ def accept(
         return typical
     walked = walk(tree, tokens, logits, rows, root_position, early_exit=early_exit)
     is_typical = rows.scheme == TYPICAL
-    return Acceptance(
-        node=torch.where(is_typical, typical.node, walked.node),
-        num_accepted=torch.where(is_typical, typical.num_accepted, walked.num_accepted),
-        next_root=torch.where(is_typical, typical.next_root, walked.next_root),
+    node, next_root = (
+        torch.where(is_typical, mine, theirs)
+        for mine, theirs in ((typical.node, walked.node), (typical.next_root, walked.next_root))
     )
+    return Acceptance.at(tree, node, next_root)
 
 
 def walk(
@@ -92,19 +102,23 @@ def walk(
         if early_exit and not moving.any():
             break
         node = torch.where(moving, match.to(torch.int8).argmax(dim=-1), node)
-    return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=next_root)
+    return Acceptance.at(tree, node, next_root)
 
 
 def _walk_at_once(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows) -> Acceptance:
     """The greedy walk without its steps: a node is reached when it and all above it carry what their parents choose."""
     chosen = logits.argmax(dim=-1)
+    if triton_serves(logits.device):
+        from medusa import step_triton
+
+        return step_triton.walk(tree, tokens, chosen, rows.max_nodes if rows.any_limit else None)
     agrees = tokens == chosen.gather(1, tree.parents.clamp_min(0))
     agrees[:, 0] = True
     if rows.any_limit:
         agrees &= _within(rows, tree)
     reached = (agrees[:, None, :] | ~tree.ancestor_mask).all(dim=-1)
     node = torch.where(reached, tree.depths, -1).argmax(dim=-1)
-    return Acceptance(node=node, num_accepted=tree.depth_of(node), next_root=chosen.gather(1, node[:, None]).squeeze(1))
+    return Acceptance.at(tree, node, chosen.gather(1, node[:, None]).squeeze(1))
 
 
 def accept_typical(
@@ -138,9 +152,8 @@ def accept_typical(
     reach = torch.where(accepted, tree.depths, -1)
     longest = reach == reach.max(dim=-1, keepdim=True).values
     node = score.masked_fill(~longest, float("-inf")).argmax(dim=-1)
-    num_accepted = tree.depth_of(node)
-    next_root = draw(logits, rows, root_position + num_accepted + 1, node)
-    return Acceptance(node=node, num_accepted=num_accepted, next_root=next_root)
+    next_root = draw(logits, rows, root_position + tree.depth_of(node) + 1, node)
+    return Acceptance.at(tree, node, next_root)
 
 
 def _inside_filters(log_probs: Tensor, parents: Tensor, tokens: Tensor, rows: SamplingRows) -> Tensor:

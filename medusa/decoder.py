@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa.acceptance import accept
+from medusa.acceptance import Acceptance, accept
 from medusa.backbone import Backbone, Placement
 from medusa.dynamic_tree import DeviceDynamicTree, DynamicTree
 from medusa.heads import MedusaHeads
@@ -23,6 +23,7 @@ from medusa.proposals import Proposer
 from medusa.sampling import SamplingRows
 from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
 from medusa.tree import DeviceTree, RowTrees, Tree
+from medusa.triton_support import triton_serves
 
 LENGTH_BUCKET = 128
 CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -197,20 +198,30 @@ class Decoder:
         before = rows.logprobs.before_edits(logits)
         accepted = accept(tree, tokens, logits, rows, offsets, early_exit=early_exit)
 
-        path = tree.path_to(accepted.node)
-        below = tokens.gather(1, path.clamp_min(0))[:, 1:]
-        table = torch.cat([accepted.num_accepted[:, None], accepted.next_root[:, None], below], dim=1)
         if tree.num_nodes > 1:
-            self.cache.compact(first_slot=0, offsets=offsets, kept=path)
-        row = torch.arange(shape.num_rows, device=offsets.device)
+            self.cache.compact(first_slot=0, offsets=offsets, kept=accepted.path)
+        table = self._settle(accepted, tokens, hidden, live)
+        return _Advanced(table=table, path=accepted.path, before=before)
+
+    def _settle(self, accepted: Acceptance, tokens: Tensor, hidden: Tensor, live: Tensor | int) -> Tensor:
+        """Length, root and hidden state of the rows below `live` become those of the accepted path; the table [B,2+L]."""
+        lengths, roots, last = self.lengths, self.roots, self.hidden
+        if triton_serves(tokens.device):
+            from medusa import step_triton
+
+            return step_triton.settle(accepted, tokens, hidden, live, lengths=lengths, roots=roots, last_hidden=last)
+        below = tokens.gather(1, accepted.path.clamp_min(0))[:, 1:]
+        table = torch.cat([accepted.num_accepted[:, None], accepted.next_root[:, None], below], dim=1)
+        row = torch.arange(len(tokens), device=tokens.device)
+        everyone = slice(0, len(tokens))
         for state, new in (
-            (self.lengths, offsets + 1 + accepted.num_accepted),
-            (self.roots, accepted.next_root),
-            (self.hidden, hidden[row, accepted.node]),
+            (lengths, lengths[everyone] + 1 + accepted.num_accepted),
+            (roots, accepted.next_root),
+            (last, hidden[row, accepted.node]),
         ):
             advancing = (row < live).view(-1, *[1] * (state.dim() - 1))
             state[everyone] = torch.where(advancing, new, state[everyone])
-        return _Advanced(table=table, path=path, before=before)
+        return table
 
     def tree_of(self, nodes: int) -> DeviceTree | DeviceDynamicTree:
         """The first `nodes` nodes of this decoder's tree."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa.triton_support import triton_serves
+
 
 class KVCache:
     """Slots of fixed size. Transformers calls `update` in every layer; everything else is the decoder's.
@@ -92,6 +94,11 @@ class KVCache:
         kept [B,L+1] names tree nodes in path order; a negative entry keeps its place as it is. Sources and targets
         overlap, so everything is read before anything is written.
         """
+        if triton_serves(offsets.device):
+            from medusa import step_triton
+
+            step_triton.compact(self.store[:, first_slot:], offsets, kept)
+            return
         base = self._base(first_slot, offsets)[..., None]
         place = torch.arange(kept.shape[1], device=offsets.device).expand_as(kept)
         source = (base + torch.where(kept >= 0, kept, place)[:, None]).flatten()
