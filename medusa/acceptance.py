@@ -107,11 +107,11 @@ def walk(
 
 def _walk_at_once(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows) -> Acceptance:
     """The greedy walk without its steps: a node is reached when it and all above it carry what their parents choose."""
-    chosen = logits.argmax(dim=-1)
     if triton_serves(logits.device):
         from medusa import step_triton
 
-        return step_triton.walk(tree, tokens, chosen, rows.max_nodes if rows.any_limit else None)
+        return step_triton.walk(tree, tokens, logits, rows.max_nodes if rows.any_limit else None)
+    chosen = logits.argmax(dim=-1)
     agrees = tokens == chosen.gather(1, tree.parents.clamp_min(0))
     agrees[:, 0] = True
     if rows.any_limit:

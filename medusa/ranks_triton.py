@@ -24,18 +24,29 @@ NOTHING = tl.constexpr(-(2**62))  # below the key of any float32, and far from i
 
 
 @triton.jit
+def float32_bits(values):
+    """Values of one of DTYPES, as the bits of float32."""
+    if values.dtype == tl.bfloat16:  # bit by bit: the interpreter's conversion is not to be trusted with a NaN
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def ordered(bits):
+    """Bits of float32 → integers that compare as the values do, both zeros alike."""
+    return tl.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+@triton.jit
 def _best_of_chunk(logits, found, size, num_ranks, CHUNK: tl.constexpr):
     """One chunk of one row of logits [V] → its best keys, descending: found [rows,C,R]; NOTHING where it has too few."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = place < size
     values = tl.load(logits + row * size + place, mask=inside, other=0.0)
-    if values.dtype == tl.bfloat16:  # bit by bit: the interpreter's conversion is not to be trusted with a NaN
-        bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    else:
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)).to(tl.int64)
-    keys = tl.where(inside, (ordered << 31) - place, NOTHING)
+    keys = tl.where(inside, (ordered(float32_bits(values)).to(tl.int64) << 31) - place, NOTHING)
     found += (row * tl.num_programs(1) + chunk) * num_ranks
     for rank in range(num_ranks):
         best = tl.max(keys, axis=0)

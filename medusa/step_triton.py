@@ -1,6 +1,7 @@
-"""How a step ends once tokens are chosen, each part of it one Triton kernel: the walk, the compaction, the new state.
+"""How a step ends once logits are known, in four Triton kernels: the best tokens, the walk, the compaction, the new state.
 
-    B sequences, N tree nodes, L depth, D hidden, Y layers, R slots, S physical positions, H key/value heads, E head size
+    B sequences, N tree nodes, L depth, V vocabulary, C chunks that a node's logits are cut into, D hidden
+    Y layers, R slots, S physical positions, H key/value heads, E head size
 
 A small model's step is mostly launches, and PyTorch has some forty here. Each function is the same, bit for bit, as the
 operations that stand beside its call. Only shapes decide what is launched. Import this where Triton is.
@@ -14,12 +15,30 @@ import triton.language as tl
 from torch import Tensor
 
 from medusa.acceptance import Acceptance
+from medusa.ranks_triton import DTYPES, NOTHING, float32_bits, ordered
 from medusa.tree import RowTrees
+
+LEAST_CHUNK = 2048  # logits of a program
+MAX_CHUNKS = 32  # of a node: the walk looks at all of all nodes at once
 
 
 @triton.jit
-def _walk(chosen, tokens, node_paths, max_nodes, last, num_accepted, next_root, path, num_nodes, num_slots, stride_tree,
-          stride_node, stride_slot, LIMIT: tl.constexpr, NODES: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+def _best_of_chunk(logits, keys, size, CHUNK: tl.constexpr):
+    """One chunk of one node's logits [V] → its best, as a key: see `best_keys`. keys [B·N,C]."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = place < size
+    bits = float32_bits(tl.load(logits + row * size + place, mask=inside, other=0.0))
+    # To argmax every NaN is the highest value.
+    value = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, ordered(bits))
+    key = tl.where(inside, (value.to(tl.int64) << 31) - place, NOTHING)
+    tl.store(keys + row * tl.num_programs(1) + tl.program_id(1), tl.max(key, axis=0))
+
+
+@triton.jit
+def _walk(keys, chosen, tokens, node_paths, max_nodes, last, num_accepted, next_root, path, num_nodes, num_slots, num_chunks,
+          stride_tree, stride_node, stride_slot, LIMIT: tl.constexpr, NODES: tl.constexpr, SLOTS: tl.constexpr,
+          CHUNKS: tl.constexpr):  # fmt: skip
     """One sequence. A node is reached when it and all above it carry what their parents choose; its path says who they are."""
     row = tl.program_id(0).to(tl.int64)
     node, slot = tl.arange(0, NODES), tl.arange(0, SLOTS)
@@ -27,6 +46,11 @@ def _walk(chosen, tokens, node_paths, max_nodes, last, num_accepted, next_root, 
     tokens += row * num_nodes
     node_paths += row * stride_tree
     is_node, is_slot = node < num_nodes, slot < num_slots
+    chunk = tl.arange(0, CHUNKS)
+    found = keys + (row * num_nodes + node[:, None]) * num_chunks + chunk[None, :]
+    best = tl.max(tl.load(found, mask=is_node[:, None] & (chunk < num_chunks)[None, :], other=NOTHING), axis=1)
+    tl.store(chosen + node, -best & 0x7FFFFFFF, mask=is_node)
+    tl.debug_barrier()  # each thread reads what others have stored
     place = node_paths + node[:, None] * stride_node + slot[None, :] * stride_slot
     here = tl.load(place, mask=is_node[:, None] & is_slot[None, :], other=-1)
     is_below = (here >= 0) & (slot > 0)[None, :]
@@ -37,10 +61,10 @@ def _walk(chosen, tokens, node_paths, max_nodes, last, num_accepted, next_root, 
     reached = tl.min((agrees | (here < 0) | (slot == 0)[None, :]).to(tl.int32), axis=1) > 0
     depth = tl.sum((here >= 0).to(tl.int32), axis=1) - 1
     # The deepest, of equals the first: depth and node make one integer. The root is always reached, so it is not negative.
-    best = tl.max(tl.where(reached & is_node, depth * NODES + NODES - 1 - node, -1), axis=0)
-    accepted = NODES - 1 - best % NODES
+    deepest = tl.max(tl.where(reached & is_node, depth * NODES + NODES - 1 - node, -1), axis=0)
+    accepted = NODES - 1 - deepest % NODES
     tl.store(last + row, accepted)
-    tl.store(num_accepted + row, best // NODES)
+    tl.store(num_accepted + row, deepest // NODES)
     tl.store(next_root + row, tl.load(chosen + accepted))
     kept = tl.load(node_paths + accepted * stride_node + slot * stride_slot, mask=is_slot)
     tl.store(path + row * num_slots + slot, kept, mask=is_slot)
@@ -81,18 +105,35 @@ def _settle(node, num_accepted, next_root, path, tokens, hidden, live, lengths, 
         tl.store(last_hidden + row * size + within, tl.load(source, mask=within < size), mask=within < size)
 
 
-def walk(tree: RowTrees, tokens: Tensor, chosen: Tensor, max_nodes: Tensor | None) -> Acceptance:
-    """tokens and the token chosen at each node [B,N] → the greedy walk, of the first max_nodes [B] nodes where given."""
+def best_keys(logits: Tensor) -> Tensor:
+    """logits [B,N,V] → keys [B,N,C], of which the highest is that of the argmax, `-key & 0x7FFFFFFF`: a NaN if there is one,
+    and of equal logits the first."""
+    if logits.dtype not in DTYPES:
+        return -logits.argmax(dim=-1, keepdim=True)
+    size = logits.shape[-1]
+    chunk = max(LEAST_CHUNK, triton.next_power_of_2(triton.cdiv(size, MAX_CHUNKS)))
+    chunks = triton.cdiv(size, chunk)
+    keys = torch.empty(*logits.shape[:-1], chunks, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _best_of_chunk[(keys.numel() // chunks, chunks)](
+            logits.contiguous(), keys, size, CHUNK=chunk, num_warps=min(16, chunk // 512)
+        )
+    return keys
+
+
+def walk(tree: RowTrees, tokens: Tensor, logits: Tensor, max_nodes: Tensor | None) -> Acceptance:
+    """tokens [B,N], logits [B,N,V] → the greedy walk, among the first max_nodes [B] nodes where given."""
     batch, num_nodes = tokens.shape
-    num_slots = tree.depth + 1
-    nodes, slots = triton.next_power_of_2(num_nodes), triton.next_power_of_2(num_slots)
+    keys, num_slots = best_keys(logits), tree.depth + 1
+    nodes, slots, chunks = (triton.next_power_of_2(n) for n in (num_nodes, num_slots, keys.shape[-1]))
     node, num_accepted, next_root = torch.empty(3, batch, dtype=torch.long, device=tokens.device)
     path = torch.empty(batch, num_slots, dtype=torch.long, device=tokens.device)
-    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+    with torch.cuda.device_of(tokens):
         _walk[(batch,)](
-            chosen.contiguous(), tokens.contiguous(), tree.node_paths, chosen if max_nodes is None else max_nodes, node,
-            num_accepted, next_root, path, num_nodes, num_slots, *tree.node_paths.stride(), LIMIT=max_nodes is not None,
-            NODES=nodes, SLOTS=slots, num_warps=min(8, max(1, nodes * slots // 128)),
+            keys, torch.empty_like(tokens), tokens.contiguous(), tree.node_paths, keys if max_nodes is None else max_nodes,
+            node, num_accepted, next_root, path, num_nodes, num_slots, keys.shape[-1], *tree.node_paths.stride(),
+            LIMIT=max_nodes is not None, NODES=nodes, SLOTS=slots, CHUNKS=chunks,
+            num_warps=min(8, max(1, nodes * max(slots, chunks) // 128)),
         )  # fmt: skip
     return Acceptance(node=node, num_accepted=num_accepted, next_root=next_root, path=path)
 

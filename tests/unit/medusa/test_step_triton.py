@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -23,7 +25,8 @@ from tests.unit.medusa.tiny import random_heads, tiny_backbone, trees
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-STATIC = Tree.full([6, 3, 2])
+INFINITY, NAN = float("inf"), float("nan")
+STATIC = Tree.full([4, 2, 2])
 
 
 @pytest.fixture
@@ -52,13 +55,14 @@ def limited(*max_nodes: int | None) -> SamplingRows:
     return SamplingRows.of([SamplingParams(tree_nodes=n) for n in max_nodes], DEVICE)
 
 
-def assert_walks_alike(tree: RowTrees, *, vocab: int, limits: tuple[int | None, ...]) -> Acceptance:
-    """With few tokens to choose from, walks go far, and siblings may carry the same one."""
+def assert_walks_alike(tree: RowTrees, *, vocab: int, limits: tuple[int | None, ...], apart: int = 1) -> Acceptance:
+    """With few tokens to choose from, walks go far, and siblings may carry the same one. Those few are multiples of `apart`."""
     rows = limited(*limits)
-    tokens = torch.randint(vocab, tree.depths.shape, device=DEVICE)
-    logits = torch.randint(-3, 4, (*tokens.shape, vocab), device=DEVICE).float()
+    tokens = torch.randint(vocab, tree.depths.shape, device=DEVICE) * apart
+    logits = torch.full((*tokens.shape, (vocab - 1) * apart + 1), -9.0, device=DEVICE)
+    logits[..., ::apart] = torch.randint(-3, 4, (*tokens.shape, vocab), device=DEVICE).float()
     want = acceptance._walk_at_once(tree, tokens, logits, rows)
-    found = step_triton.walk(tree, tokens, logits.argmax(dim=-1), rows.max_nodes if rows.any_limit else None)
+    found = step_triton.walk(tree, tokens, logits, rows.max_nodes if rows.any_limit else None)
     for name in ("node", "num_accepted", "next_root", "path"):
         assert torch.equal(getattr(found, name), getattr(want, name)), name
         assert getattr(found, name).dtype == torch.long
@@ -76,7 +80,7 @@ def test_rows_walk_trees_of_their_own(nodes: int, depth: int, seed: int) -> None
 
 
 @pytest.mark.usefixtures("_without_kernels")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(trees(), st.integers(0, 10**6), st.lists(st.sampled_from([None, 1, 2, 7]), min_size=1, max_size=3))
 def test_rows_walk_one_tree_that_all_share(tree: Tree, seed: int, limits: list[int | None]) -> None:
     with torch.random.fork_rng():
@@ -85,14 +89,46 @@ def test_rows_walk_one_tree_that_all_share(tree: Tree, seed: int, limits: list[i
 
 
 @pytest.mark.usefixtures("_without_kernels")
+@pytest.mark.parametrize("apart", [2047, 2048, 40_000])
+def test_what_is_chosen_may_stand_in_any_chunk(apart: int) -> None:
+    for _ in range(2):
+        assert_walks_alike(drawn_trees(2, 7, 4), vocab=3, limits=(None, None), apart=apart)
+
+
+@pytest.mark.usefixtures("_without_kernels")
 def test_a_walk_may_reach_the_last_node_and_a_limit_may_stop_it() -> None:
     chain = Tree.chain(7).on(DEVICE).rows(3)
     tokens = torch.arange(8, device=DEVICE).expand(3, -1)  # rows that share their memory
-    chosen = (tokens + 1).contiguous()
-    found = step_triton.walk(chain, tokens, chosen, limited(None, 4, 1).max_nodes)
+    logits = torch.nn.functional.one_hot(tokens + 1).float()
+    found = step_triton.walk(chain, tokens, logits, limited(None, 4, 1).max_nodes)
     assert found.node.tolist() == found.num_accepted.tolist() == [7, 3, 0]
     assert found.next_root.tolist() == [8, 4, 1]
     assert found.path.tolist()[1:] == [[0, 1, 2, 3, -1, -1, -1, -1], [0] + [-1] * 7]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [*itertools.product([1, 2, 300, 2048, 4097], DTYPES), (70_000, torch.bfloat16)]
+)
+def test_the_best_token_is_the_argmax_whatever_ties_and_nans_there_are(size: int, dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, INFINITY, -INFINITY, NAN, -NAN, 6e-8, -6e-8, 65504.0], dtype=dtype)
+    drawn = torch.randn(2, 3, size).to(dtype), torch.randint(-2, 3, (2, 3, size)).to(dtype)
+    few = special[torch.randint(2, (2, 3, size))], special[torch.randint(4, (2, 3, size))]
+    rare = torch.where(torch.rand(2, 3, size) < 2 / size, special[torch.randint(len(special), (2, 3, size))], drawn[0])
+    for logits in (*drawn, *few, rare, special[torch.randint(len(special), (2, 3, size))]):
+        logits = logits.to(DEVICE)
+        found = -step_triton.best_keys(logits).amax(dim=-1) & 0x7FFFFFFF
+        assert torch.equal(found, logits.argmax(dim=-1))
+    for value in special:
+        found = -step_triton.best_keys(value.expand(1, 1, size).to(DEVICE)).amax(dim=-1) & 0x7FFFFFFF
+        assert found.item() == 0, "of equals the first"
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_the_best_of_any_pattern_of_bits(dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    bits = torch.randint(limits.min, limits.max, (50, 2, 40)).to(dtype)
+    logits = bits.view(torch.bfloat16 if dtype == torch.int16 else torch.float32).to(DEVICE)
+    assert torch.equal(-step_triton.best_keys(logits).amax(dim=-1) & 0x7FFFFFFF, logits.argmax(dim=-1))
 
 
 def new_cache(*, slots: int, heads: int, size: int, dtype: torch.dtype) -> KVCache:
@@ -177,6 +213,14 @@ def test_state_and_table_become_those_of_the_accepted_path(
     assert torch.equal(want[1][live:], before[0][0, live:]), "rows that are not live stay as they are"
 
 
+def counted(called: Counter[str], kernel: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        called[kernel.__name__] += 1
+        return kernel(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("tree", [Tree.root_only(), STATIC, DynamicTree(superset=STATIC, num_nodes=12)], ids=str)
 @pytest.mark.parametrize(
     "params", [{}, dict(tree_nodes=4), dict(temperature=0.8), dict(temperature=0.9, acceptance="rejection")], ids=str
@@ -185,6 +229,9 @@ def test_whole_steps_are_the_plain_ones(
     params: dict[str, Any], tree: Tree | DynamicTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = SamplingRows.of([SamplingParams(**params, seed=n) for n in range(3)], DEVICE)
+    called = Counter[str]()
+    for name in ("walk", "compact", "settle"):
+        monkeypatch.setattr(step_triton, name, counted(called, getattr(step_triton, name)))
     decoders, emitted = [], []
     for serves in (False, True):
         serve_everywhere(monkeypatch, serves)
@@ -194,6 +241,8 @@ def test_whole_steps_are_the_plain_ones(
         decoders.append(made)
         emitted.append(told)
     plain, ours = decoders
+    walks = 9 if params.keys() <= {"tree_nodes"} else 0  # the first token's too
+    assert called == Counter(walk=walks, compact=8 if tree.num_nodes > 1 else 0, settle=8)
     assert emitted[0] == emitted[1]
     for name in ("lengths", "roots", "hidden"):
         assert torch.equal(getattr(plain, name), getattr(ours, name)), name
