@@ -1,6 +1,6 @@
 """Candidate tokens of a tree from the heads' logits. Knows ranks and token ids; knows no model and no cache.
 
-B sequences, N nodes, K heads, V vocabulary, R ranks
+B sequences, N nodes, F nodes of a level that are gone on from, K heads, V vocabulary, R ranks
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medusa.tree import DeviceTree
+from medusa.tree import DeviceTree, Level
 from medusa.triton_support import triton_serves
 
 
@@ -58,3 +58,12 @@ def static_candidates(tree: DeviceTree, root: Tensor, best: Tensor | None) -> Te
     if tree.num_nodes == 1 or best is None:
         return root[:, None]
     return torch.cat([root[:, None], best[:, tree.depths[1:] - 1, tree.ranks[1:]]], dim=1)
+
+
+def fill_children(tokens: Tensor, level: Level, logits: Tensor, vocabulary: Tensor | None = None) -> None:
+    """Write the children of a level into tokens [B,N]: each is its parent's token of its rank, from logits [B,F,V].
+
+    Tokens are ranked and named as in `ranked_tokens`.
+    """
+    best = ranked_tokens(logits, level.width, vocabulary)
+    tokens[:, level.children] = best[:, level.parents, level.ranks]

@@ -212,14 +212,15 @@ class MedusaHeads(nn.Module):
         features = self.features(hidden, num_heads, path=self.path_embeddings(path, lm_head.embed))
         if self.config.lm_heads == "shared":
             return lm_head.logits(features)
-        return torch.stack([self._read(k, x, lm_head) for k, x in enumerate(features.unbind(-2))], dim=-2)
+        return torch.stack([self.read(k, x, lm_head) for k, x in enumerate(features.unbind(-2))], dim=-2)
 
     def logits_of(self, head: int, hidden: Tensor, lm_head: LmHead, *, path: Tensor | None = None) -> Tensor:
         """As `logits`, of head 0 … K−1 alone: [...,V]. `path` need not be longer than what it reads."""
         features = self.heads[head](hidden, self.path_embeddings(path, lm_head.embed))
-        return self._read(head, features, lm_head)
+        return self.read(head, features, lm_head)
 
-    def _read(self, head: int, features: Tensor, lm_head: LmHead) -> Tensor:
+    def read(self, head: int, features: Tensor, lm_head: LmHead) -> Tensor:
+        """features [...,D] of a head → its logits [...,V], by the lm_head that is its own or the backbone's."""
         own = self.heads[head].lm_head
         return lm_head.logits(features) if own is None else lm_head.transform(F.linear(features, own.weight))  # type: ignore[arg-type,union-attr]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medusa.candidates import ranked_tokens
+from medusa.candidates import fill_children
 from medusa.dynamic_tree import DeviceDynamicTree, highest, kept_rows
 from medusa.heads import LmHead, MedusaHeads
 from medusa.tree import DeviceTree, RowTrees
@@ -29,8 +29,7 @@ def sequential_candidates(
     for head, level in enumerate(tree.levels):
         path = tokens[:, level.paths]  # [B,F,head+1]
         here = hidden[:, None].expand(-1, path.shape[1], -1)
-        best = ranked_tokens(heads.logits_of(head, here, lm_head, path=path), level.width, heads.vocabulary)
-        tokens[:, level.children] = best[:, level.parents, level.ranks]
+        fill_children(tokens, level, heads.logits_of(head, here, lm_head, path=path), heads.vocabulary)
     return tokens
 
 
