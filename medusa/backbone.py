@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medusa import attention
@@ -255,6 +255,12 @@ class Backbone:
     def embed(self, ids: Tensor, /) -> Tensor:
         """ids [...] → the model's input embeddings [...,D]."""
         return self.model.get_input_embeddings()(ids)
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """[V,D], whose rows are what `embed` gives; None where a model does more than look them up, as Gemma scales them."""
+        layer = self.model.get_input_embeddings()
+        return layer.weight if type(layer) is nn.Embedding and layer.max_norm is None else None
 
     def _run(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], cache: KVCache | None) -> Tensor:
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))

@@ -21,6 +21,7 @@ from medusa.hydra import searched_candidates, sequential_candidates
 from medusa.native.guesses import NativeHead, NativeHeads
 from medusa.native.linear import PackedWeight
 from medusa.tree import DeviceTree, RowTrees
+from medusa.triton_support import has_triton
 
 
 class Proposer:
@@ -31,7 +32,9 @@ class Proposer:
         and backbone as they are now: what is learned or merged later they do not."""
         reader = backbone.lm_head_for(heads.vocabulary)
         found = native_heads(heads, reader, backbone) if native else None
-        self._heads = TorchHeads(heads, reader) if found is None else found
+        on_gpu = backbone.device.type == "cuda" and has_triton()
+        embeddings = backbone.embeddings if on_gpu else None
+        self._heads = TorchHeads(heads, reader, embeddings=embeddings) if found is None else found
         self._sequential = heads.config.kind == "hydra"
 
     @property
@@ -57,10 +60,13 @@ class Proposer:
 
 
 class TorchHeads:
-    """Heads asked by PyTorch's operations, on any device; `NativeHeads` has the same methods."""
+    """Heads asked by PyTorch's operations, on any device; `NativeHeads` has the same methods.
 
-    def __init__(self, heads: MedusaHeads, reader: LmHead) -> None:
-        self._heads, self._reader = heads, reader
+    With `embeddings` [V,D], what the reader's `embed` looks up, a tree is filled by Triton kernels.
+    """
+
+    def __init__(self, heads: MedusaHeads, reader: LmHead, *, embeddings: Tensor | None = None) -> None:
+        self._heads, self._reader, self._embeddings = heads, reader, embeddings
 
     def guess(self, hidden: Tensor, *, num_heads: int, num_ranks: int) -> Tensor:
         return self._heads.guesses(hidden, self._reader, num_heads=num_heads, num_ranks=num_ranks)
@@ -72,7 +78,12 @@ class TorchHeads:
         return self._heads.weighed_tokens(logits, num_ranks, None if temperatures is None else temperatures[:, None])
 
     def fill(self, tree: DeviceTree, root: Tensor, hidden: Tensor) -> Tensor:
-        return sequential_candidates(self._heads, tree, root, hidden, self._reader)
+        given = self._heads, tree, root, hidden, self._reader
+        if self._embeddings is None:
+            return sequential_candidates(*given)
+        from medusa import hydra_triton  # Triton is where CUDA builds of torch are
+
+        return hydra_triton.sequential_candidates(*given, embeddings=self._embeddings)
 
     def search(self, tree: DeviceDynamicTree, root: Tensor, hidden: Tensor) -> tuple[Tensor, RowTrees]:
         return searched_candidates(self._heads, tree, root, hidden, self._reader)

@@ -87,8 +87,9 @@ def test_graphs_decode_what_eager_steps_decode(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_graphs_decode_what_the_cpu_decodes(scheme: str) -> None:
-    assert engine_answers("cuda", scheme=scheme) == engine_answers("cpu", scheme=scheme)
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_graphs_decode_what_the_cpu_decodes(kind: HeadKind, scheme: str) -> None:
+    assert engine_answers("cuda", kind=kind, scheme=scheme) == engine_answers("cpu", kind=kind, scheme=scheme)
 
 
 @pytest.mark.parametrize("kernel", get_args(GpuKernels))
