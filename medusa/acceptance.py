@@ -19,7 +19,6 @@ from torch import Tensor
 from medusa.native.walk import accepted_path, can_walk
 from medusa.sampling import TYPICAL, SamplingRows, draw, filter_logits
 from medusa.tree import RowTrees
-from medusa.triton_support import triton_serves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,13 @@ def accept(
     root_position: Tensor,
     *,
     early_exit: bool = False,
+    fused: bool = False,
 ) -> Acceptance:
     """tokens [B,N] (the root first), logits [B,N,V] of the verified nodes, position [B] of the root in its sequence.
 
     Where rows ask for penalties, biases or a grammar, their logits are edited in place first. `early_exit` looks at the
     data on the way, and so only at nodes that are reached: worth it on a CPU, where our kernels do it where they can; a
-    synchronisation elsewhere.
+    synchronisation elsewhere. `fused`: a greedy walk by Triton kernels.
     """
     for edit in rows.edits:
         edit.apply(logits, tokens, tree)
@@ -61,11 +61,11 @@ def accept(
         node, next_root = accepted_path(logits, tokens, tree.parents, rows, root_position)
         return Acceptance.at(tree, node, next_root)
     if not rows.any_typical:
-        return walk(tree, tokens, logits, rows, root_position, early_exit=early_exit)
+        return walk(tree, tokens, logits, rows, root_position, early_exit=early_exit, fused=fused)
     typical = accept_typical(tree, tokens, logits, rows, root_position)
     if not rows.any_walk:
         return typical
-    walked = walk(tree, tokens, logits, rows, root_position, early_exit=early_exit)
+    walked = walk(tree, tokens, logits, rows, root_position, early_exit=early_exit, fused=fused)
     is_typical = rows.scheme == TYPICAL
     node, next_root = (
         torch.where(is_typical, mine, theirs)
@@ -82,11 +82,12 @@ def walk(
     root_position: Tensor,
     *,
     early_exit: bool = False,
+    fused: bool = False,
 ) -> Acceptance:
     """Greedy and rejection acceptance. The backbone chooses only along the path walked; but where nobody looks at the data
     and choosing is a matter of logits alone, at all nodes at once."""
     if not early_exit and not rows.any_noise:
-        return _walk_at_once(tree, tokens, logits, rows)
+        return _walk_at_once(tree, tokens, logits, rows, fused=fused)
     node = torch.zeros_like(root_position)
     moving = torch.ones_like(node, dtype=torch.bool)
     next_root = torch.zeros_like(node)
@@ -105,10 +106,12 @@ def walk(
     return Acceptance.at(tree, node, next_root)
 
 
-def _walk_at_once(tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows) -> Acceptance:
+def _walk_at_once(
+    tree: RowTrees, tokens: Tensor, logits: Tensor, rows: SamplingRows, *, fused: bool = False
+) -> Acceptance:
     """The greedy walk without its steps: a node is reached when it and all above it carry what their parents choose."""
-    if triton_serves(logits.device):
-        from medusa import step_triton
+    if fused:
+        from medusa import step_triton  # Triton is where CUDA builds of torch are
 
         return step_triton.walk(tree, tokens, logits, rows.max_nodes if rows.any_limit else None)
     chosen = logits.argmax(dim=-1)

@@ -21,7 +21,7 @@ from medusa.errors import BackboneError
 from medusa.triton_support import has_triton
 
 IMPLEMENTATION = "medusa_tree"
-GpuKernels = Literal["torch", "triton"]
+GpuKernels = Literal["torch", "triton", "fused"]
 MAX_TRITON_NODES = 256  # longer chunks of prompts are few: the masked kernel reads them
 # Query with its groups folded into its rows [B,H/G,G·N,E], keys and values [B,H/G,S,E] → node by node [B,N,H,E].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

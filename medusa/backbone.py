@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medusa import attention
@@ -156,6 +156,11 @@ class Backbone:
 
     # Running it
 
+    @property
+    def fuses_steps(self) -> bool:
+        """Are the beginning and the end of a step, what heads propose and what follows from its logits, Triton kernels too?"""
+        return self.fused is not None and self.fused.gpu_kernels == "fused"
+
     def new_cache(self, *, num_slots: int, capacity: int) -> KVCache:
         config = self.model.config
         heads = config.num_attention_heads
@@ -167,6 +172,7 @@ class Backbone:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=self.cache_dtype,
             device=self.device,
+            fused=self.fuses_steps,
         )
 
     def step(self, ids: Tensor, placement: Placement, cache: KVCache) -> Tensor:
@@ -256,12 +262,6 @@ class Backbone:
         """ids [...] → the model's input embeddings [...,D]."""
         return self.model.get_input_embeddings()(ids)
 
-    @property
-    def embeddings(self) -> Tensor | None:
-        """[V,D], whose rows are what `embed` gives; None where a model does more than look them up, as Gemma scales them."""
-        layer = self.model.get_input_embeddings()
-        return layer.weight if type(layer) is nn.Embedding and layer.max_norm is None else None
-
     def _run(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], cache: KVCache | None) -> Tensor:
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
         decoder = self.model.get_decoder()
@@ -288,7 +288,7 @@ def load_backbone(
     `fused` lets a model that the fused path computes (Llama, Mistral, Qwen 2 and 3) run through it; the generic path is the
     reference. `int8` rounds the weights of that path, half the bytes of bfloat16: on a CPU with a C compiler.
     `gpu_kernels` is what the fused path runs by on a GPU besides its products: our own Triton kernels ("triton", chosen where
-    there are both), or PyTorch's, with a mask ("torch").
+    there are both), or PyTorch's, with a mask ("torch"). "fused": a hydra tree and a step's end too, which no GPU has run yet.
     """
     torch_dtype = parse_dtype(dtype)
     int8 = torch_dtype == torch.int8

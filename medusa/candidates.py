@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medusa.tree import DeviceTree, Level
-from medusa.triton_support import triton_serves
+from medusa.triton_support import has_triton
 
 
 def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:
@@ -18,7 +18,7 @@ def ranked_places(logits: Tensor, num_ranks: int) -> Tensor:
     On a CPU float32 is looked at first, where no tie among the best means that there is nothing to order. On a GPU two
     Triton kernels do what `ranked_by_keys` does.
     """
-    if triton_serves(logits.device):
+    if logits.device.type == "cuda" and has_triton():
         from medusa import ranks_triton
 
         return ranks_triton.ranked_places(logits, num_ranks)

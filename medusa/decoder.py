@@ -23,7 +23,6 @@ from medusa.proposals import Proposer
 from medusa.sampling import SamplingRows
 from medusa.step_graphs import Capture, StepGraphs, StepShape, capture_for
 from medusa.tree import DeviceTree, RowTrees, Tree
-from medusa.triton_support import triton_serves
 
 LENGTH_BUCKET = 128
 CHUNK_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -77,6 +76,7 @@ class Decoder:
         )
         device = backbone.device
         self._looks_at_data = device.type == "cpu"  # elsewhere each look is a synchronisation
+        self._fused = backbone.fuses_steps
         if device.type == "cpu":
             library()  # compiled now, if it must be, not in the first step
         self.backbone = backbone
@@ -145,7 +145,9 @@ class Decoder:
         before = rows.logprobs.before_edits(logits)
         node = torch.zeros_like(self.roots[slots])[:, None]
         tree, before_root = self._root_only.rows(len(node)), self.lengths[slots] - 1
-        roots = accept(tree, node, logits, rows, before_root, early_exit=self._looks_at_data).next_root
+        roots = accept(
+            tree, node, logits, rows, before_root, early_exit=self._looks_at_data, fused=self._fused
+        ).next_root
         self.roots[slots] = roots
         emitted = [[root] for root in roots.tolist()]
         return StepTokens(tokens=emitted, logprobs=rows.logprobs.read(before, node, emitted))
@@ -196,7 +198,7 @@ class Decoder:
         hidden = self.backbone.step(tokens, placement, self.cache)
         logits = self.backbone.logits(hidden)
         before = rows.logprobs.before_edits(logits)
-        accepted = accept(tree, tokens, logits, rows, offsets, early_exit=early_exit)
+        accepted = accept(tree, tokens, logits, rows, offsets, early_exit=early_exit, fused=self._fused)
 
         if tree.num_nodes > 1:
             self.cache.compact(first_slot=0, offsets=offsets, kept=accepted.path)
@@ -206,8 +208,8 @@ class Decoder:
     def _settle(self, accepted: Acceptance, tokens: Tensor, hidden: Tensor, live: Tensor | int) -> Tensor:
         """Length, root and hidden state of the rows below `live` become those of the accepted path; the table [B,2+L]."""
         lengths, roots, last = self.lengths, self.roots, self.hidden
-        if triton_serves(tokens.device):
-            from medusa import step_triton
+        if self._fused:
+            from medusa import step_triton  # Triton is where CUDA builds of torch are
 
             return step_triton.settle(accepted, tokens, hidden, live, lengths=lengths, roots=roots, last_hidden=last)
         below = tokens.gather(1, accepted.path.clamp_min(0))[:, 1:]

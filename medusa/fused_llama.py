@@ -68,7 +68,8 @@ class FusedLlama:
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False, gpu_kernels: GpuKernels = "torch") -> None:
         """`int8` rounds the weights of products, each output's to 255 steps. BackboneError where no kernel reads them.
-        `gpu_kernels` does what lies between the products where the CPU's own kernels do not."""
+        `gpu_kernels` does what lies between the products where the CPU's own kernels do not: PyTorch's operations ("torch") or
+        our own ("triton"); "fused" is for a step's ends as well, see `Backbone.fuses_steps`."""
         config: Any = model.config
         core: Any = model.get_decoder()
         self.int8 = int8
@@ -197,15 +198,15 @@ class FusedLlama:
     @property
     def _between(self) -> _Between:
         """What lies between the products, by the kernels chosen."""
-        if self.gpu_kernels == "triton":
-            from medusa import llama_triton  # Triton is where CUDA builds of torch are
+        if self.gpu_kernels == "torch":
+            return llama_torch
+        from medusa import llama_triton  # Triton is where CUDA builds of torch are
 
-            return llama_triton
-        return llama_torch
+        return llama_triton
 
     def _attend(self, where: Placement, num_new: int) -> Attend:
         """Attention of this step, the same in all layers; a long chunk of a prompt is always read with a mask."""
-        if self.gpu_kernels == "triton" and num_new <= MAX_TRITON_NODES:
+        if self.gpu_kernels != "torch" and num_new <= MAX_TRITON_NODES:
             return triton_attend(where.offsets, where.depths, where.visible, self.window)
         mask = step_mask(
             offsets=where.offsets,

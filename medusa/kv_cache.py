@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa.triton_support import triton_serves
-
 
 class KVCache:
     """Slots of fixed size. Transformers calls `update` in every layer; everything else is the decoder's.
@@ -34,7 +32,9 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        fused: bool = False,
     ) -> None:
+        """`fused`: compaction is a Triton kernel."""
         self.num_slots = num_slots
         self.capacity = capacity
         self.store = torch.zeros(
@@ -48,6 +48,7 @@ class KVCache:
         self._num_new = 0
         self._targets: Tensor | None = None  # where `update` writes, found by the first one of a forward
         self._used = [0] * num_slots
+        self._fused = fused
 
     def begin(self, *, first_slot: int, offsets: Tensor, num_new: int, length: int) -> None:
         """The coming forward writes `num_new` positions behind `offsets` [B] in slots first_slot…first_slot+B−1.
@@ -94,8 +95,8 @@ class KVCache:
         kept [B,L+1] names tree nodes in path order; a negative entry keeps its place as it is. Sources and targets
         overlap, so everything is read before anything is written.
         """
-        if triton_serves(offsets.device):
-            from medusa import step_triton
+        if self._fused:
+            from medusa import step_triton  # Triton is where CUDA builds of torch are
 
             step_triton.compact(self.store[:, first_slot:], offsets, kept)
             return

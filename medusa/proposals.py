@@ -21,7 +21,6 @@ from medusa.hydra import searched_candidates, sequential_candidates
 from medusa.native.guesses import NativeHead, NativeHeads
 from medusa.native.linear import PackedWeight
 from medusa.tree import DeviceTree, RowTrees
-from medusa.triton_support import has_triton
 
 
 class Proposer:
@@ -32,9 +31,8 @@ class Proposer:
         and backbone as they are now: what is learned or merged later they do not."""
         reader = backbone.lm_head_for(heads.vocabulary)
         found = native_heads(heads, reader, backbone) if native else None
-        on_gpu = backbone.device.type == "cuda" and has_triton()
-        embeddings = backbone.embeddings if on_gpu else None
-        self._heads = TorchHeads(heads, reader, embeddings=embeddings) if found is None else found
+        by_triton = backbone.fused.embedding if backbone.fused is not None and backbone.fuses_steps else None
+        self._heads = TorchHeads(heads, reader, embeddings=by_triton) if found is None else found
         self._sequential = heads.config.kind == "hydra"
 
     @property

@@ -8,8 +8,6 @@ import os
 import shutil
 from functools import cache
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 
@@ -27,8 +25,3 @@ def has_triton() -> bool:
         logger.warning("Triton needs a C compiler and finds none, so slower code serves; install gcc or set CC")
         return False
     return True
-
-
-def triton_serves(device: torch.device) -> bool:
-    """Are Triton kernels what serves on this device?"""
-    return device.type == "cuda" and has_triton()

@@ -137,7 +137,7 @@ def main(
     heads: Annotated[str, typer.Option(help="'default', 'plain', 'medusa2' or a heads folder")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "auto",
-    kernel: Annotated[str | None, typer.Option(help="torch or triton; the model's own choice without")] = None,
+    kernel: Annotated[str | None, typer.Option(help="torch, triton or fused; the model's own choice without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 16, 64 without")] = None,
     tree: Annotated[
         list[str] | None, typer.Option(help="nodes or dynamic:N; repeat it; the heads' own without")

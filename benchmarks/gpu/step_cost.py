@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.step_cost`: what a step costs by nodes and batch, at a known model's shapes, weights random.
 
-Answers three questions: what share of the memory's bandwidth plain decoding uses, what a tree adds to it, and which
-kernels between the products are faster, PyTorch's or ours. Steps are timed on the host, from one result to the next:
-nothing is left out.
+Answers three questions: what share of the memory's bandwidth plain decoding uses, what a tree adds to it, and which kernels
+beside the products are faster: PyTorch's, ours, or ours for a step's beginning and end as well. Steps are timed on the host,
+from one result to the next: nothing is left out.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main(
     shapes: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "vicuna-7b",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
-    kernel: Annotated[list[str] | None, typer.Option(help="torch or triton; repeat it; both on CUDA without")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="torch, triton, fused; repeat it; all on CUDA without")
+    ] = None,
     lm_heads: Annotated[list[str] | None, typer.Option(help="shared, own; repeat it; both without")] = None,
     nodes: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1 to 64 without")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="repeat it; 1, 4, 16, 64 without")] = None,

@@ -106,15 +106,16 @@ def test_bf16_graphs_are_bf16_eager_and_mostly_begin_like_float32(scheme: str, k
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("scheme", ["greedy", "rejection", "typical"])
-def test_all_kernels_decode_the_same(scheme: str, family: str) -> None:
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+@pytest.mark.parametrize("scheme", ["greedy", "limited", "rejection", "typical"])
+def test_all_kernels_decode_the_same(scheme: str, kind: HeadKind, family: str) -> None:
     pytest.importorskip("triton")
     for tree in TREES:
         answers = [
-            engine_answers("cuda", family=family, tree=tree, scheme=scheme, kernel=kernel)
+            engine_answers("cuda", family=family, tree=tree, kind=kind, scheme=scheme, kernel=kernel)
             for kernel in get_args(GpuKernels)
         ]
-        assert answers[0] == answers[1]
+        assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

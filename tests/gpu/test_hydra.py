@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from medusa.fused_llama import FusedLlama
 from medusa.hydra import sequential_candidates
 from medusa.proposals import Proposer
 from medusa.tree import Tree
@@ -31,6 +32,7 @@ def test_a_filled_tree_is_recorded_in_a_graph_and_follows_new_states(
     monkeypatch.setattr(hydra_triton, "path_inputs", asked)
     backbone = tiny_backbone(seed=7, dtype=dtype, vocab_size=9000)
     backbone.model.to("cuda")
+    backbone.fused = FusedLlama(backbone.model, gpu_kernels="fused")
     vocabulary = torch.arange(1, 9000, 2, device="cuda")
     heads = random_heads(backbone, kind="hydra", num_layers=2, vocabulary=vocabulary).to("cuda")
     propose, reader, on_gpu = Proposer(heads, backbone), backbone.lm_head_for(vocabulary), tree.on(torch.device("cuda"))

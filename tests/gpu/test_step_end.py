@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medusa import acceptance, kv_cache
 from medusa.acceptance import accept
 from medusa.config import SamplingParams
 from medusa.kv_cache import KVCache
@@ -28,17 +27,10 @@ def _needs_triton() -> None:
         pytest.skip("needs Triton")
 
 
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (acceptance, kv_cache):
-        monkeypatch.setattr(module, "triton_serves", lambda _: False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("limit", [None, 5])
 @pytest.mark.parametrize("tree", TREES)
-def test_walks_are_those_of_the_plain_code(
-    tree: str, limit: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_walks_are_those_of_the_plain_code(tree: str, limit: int | None, dtype: torch.dtype) -> None:
     """Each node's token is the best or the second best of 50,000, so walks go some way; a NaN is the best there is."""
     trees = TREES[tree].on(DEVICE).rows(3)
     rows = SamplingRows.of([SamplingParams(tree_nodes=limit)] * 3, DEVICE)
@@ -48,20 +40,26 @@ def test_walks_are_those_of_the_plain_code(
         logits[..., ::49_000] = torch.randint(4, 6, (*tokens.shape, 2), device=DEVICE).float()
         logits[torch.rand(tokens.shape, device=DEVICE) < 0.05, 777] = float("nan")
         verified = trees, tokens, logits.to(dtype), rows, torch.zeros(3, dtype=torch.long, device=DEVICE)
-        found = accept(*verified)
-        with monkeypatch.context() as patched:
-            without_kernels(patched)
-            want = accept(*verified)
+        found, want = (accept(*verified, fused=fused) for fused in (True, False))
         for name in ("node", "num_accepted", "next_root", "path"):
             assert torch.equal(getattr(found, name), getattr(want, name)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compaction_moves_what_the_plain_one_moves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_moves_what_the_plain_one_moves(dtype: torch.dtype) -> None:
     """Sources and targets overlap in most of these paths: whoever writes too early spoils what another has yet to read."""
     ours, plain = (
-        KVCache(num_layers=32, num_slots=3, capacity=300, num_kv_heads=32, head_dim=128, dtype=dtype, device=DEVICE)
-        for _ in range(2)
+        KVCache(
+            num_layers=32,
+            num_slots=3,
+            capacity=300,
+            num_kv_heads=32,
+            head_dim=128,
+            dtype=dtype,
+            device=DEVICE,
+            fused=fused,
+        )
+        for fused in (True, False)
     )
     ours.store.copy_(torch.randn(ours.store.shape, device=DEVICE))
     plain.store.copy_(ours.store)
@@ -69,8 +67,6 @@ def test_compaction_moves_what_the_plain_one_moves(dtype: torch.dtype, monkeypat
         kept = torch.stack([torch.randperm(14, device=DEVICE)[:9].sort().values for _ in range(2)])
         kept = torch.where(torch.arange(9, device=DEVICE) < torch.randint(1, 10, (2, 1), device=DEVICE), kept, -1)
         offsets = torch.randint(280, (2,), device=DEVICE)
-        ours.compact(first_slot=1, offsets=offsets, kept=kept)
-        with monkeypatch.context() as patched:
-            without_kernels(patched)
-            plain.compact(first_slot=1, offsets=offsets, kept=kept)
+        for cache in (ours, plain):
+            cache.compact(first_slot=1, offsets=offsets, kept=kept)
     assert torch.equal(ours.store, plain.store)

@@ -83,7 +83,7 @@ def test_what_cannot_be_had_here_is_refused_by_name() -> None:
         random_backbone("llama", device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs a CUDA GPU, got device cpu; use 'torch'"):
         parse_gpu_kernels("triton", CPU)
-    with pytest.raises(ValueError, match="unknown gpu_kernels 'flash'; choose one of torch, triton"):
+    with pytest.raises(ValueError, match="unknown gpu_kernels 'flash'; choose one of torch, triton, fused"):
         parse_gpu_kernels("flash", CPU)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import Mock
 
 import pytest
@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="needs Triton (it comes with CUDA builds of torch)")
 import triton
 
-from medusa import candidates, hydra, hydra_triton, proposals, ranks_triton
+from medusa import candidates, hydra, hydra_triton, ranks_triton
+from medusa.attention import GpuKernels
 from medusa.backbone import Backbone
+from medusa.fused_llama import FusedLlama
 from medusa.heads import MedusaHeads
 from medusa.proposals import Proposer
 from medusa.tree import Tree
@@ -59,8 +61,7 @@ def both(heads: MedusaHeads, backbone: Backbone, tree: Tree, batch: int = 1) -> 
     """Tokens [B,N] by the kernels and by `hydra`."""
     roots, hidden = drawn(backbone, batch)
     given = (heads, tree.on(DEVICE), roots, hidden, backbone.lm_head_for(heads.vocabulary))
-    assert backbone.embeddings is not None
-    found = hydra_triton.sequential_candidates(*given, embeddings=backbone.embeddings)
+    found = hydra_triton.sequential_candidates(*given, embeddings=backbone.model.get_input_embeddings().weight)
     want = hydra.sequential_candidates(*given)
     assert found.dtype == want.dtype and found.shape == want.shape
     return found, want
@@ -215,19 +216,10 @@ def test_a_level_of_two_blocks_is_eight_kernels(monkeypatch: pytest.MonkeyPatch)
     backbone = on_device(tiny_backbone(seed=7))
     heads = random_heads(backbone, kind="hydra", num_layers=2, vocabulary=SOME).to(DEVICE)
     given = (heads, TREES["full"].on(DEVICE), *drawn(backbone, 1), backbone.lm_head_for(SOME.to(DEVICE)))
-    embeddings = backbone.embeddings
-    assert embeddings is not None
+    embeddings = backbone.model.get_input_embeddings().weight
     with _Launches(monkeypatch) as launches:
         hydra_triton.sequential_candidates(*given, embeddings=embeddings)
     assert len(launches.names) == 1 + 8 * NUM_HEADS, launches.names
-
-
-def test_embeddings_are_what_embed_looks_up_or_nothing() -> None:
-    plain, scaled = tiny_backbone("llama"), tiny_backbone("gemma3_text")
-    ids = torch.arange(VOCAB)
-    assert plain.embeddings is not None and torch.equal(plain.embeddings[ids], plain.embed(ids))
-    assert not torch.equal(scaled.model.get_input_embeddings().weight[ids], scaled.embed(ids))
-    assert scaled.embeddings is None
 
 
 @pytest.mark.parametrize("why", ["float64", "packed"])
@@ -242,23 +234,18 @@ def test_what_the_kernels_are_not_made_for_is_left_to_pytorch(why: str, monkeypa
     assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kernels", [None, *get_args(GpuKernels)])
 @torch.inference_mode()
-def test_a_proposer_fills_by_the_kernels_where_embeddings_are_plainly_looked_up(
-    family: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_proposer_fills_by_the_kernels_where_steps_are_fused(
+    kernels: GpuKernels | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU, or here on a CPU that passes for one."""
     asked = Mock(wraps=hydra_triton.sequential_candidates)
     monkeypatch.setattr(hydra_triton, "sequential_candidates", asked)
-    monkeypatch.setattr(proposals, "has_triton", lambda: True)
-    backbone = on_device(tiny_backbone(family, seed=7))
+    backbone = on_device(tiny_backbone(seed=7))
     heads, tree = random_heads(backbone, kind="hydra").to(DEVICE), TREES["uneven"].on(DEVICE)
     roots, hidden = drawn(backbone, 2)
-    monkeypatch.setattr(Backbone, "device", torch.device("cuda" if gpu else "cpu"))
-    found, _ = Proposer(heads, backbone)(tree, roots, hidden)
-    assert asked.called == (gpu and family == "llama")
-    monkeypatch.setattr(proposals, "has_triton", lambda: False)
-    asked.reset_mock()
-    assert torch.equal(Proposer(heads, backbone)(tree, roots, hidden)[0], found)
+    want, _ = Proposer(heads, backbone)(tree, roots, hidden)
     assert not asked.called
+    backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernels) if kernels else None
+    found, _ = Proposer(heads, backbone)(tree, roots, hidden)
+    assert torch.equal(found, want) and asked.called == (kernels == "fused")

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="needs Triton (it comes with CUDA builds of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa import acceptance, decoder, kv_cache, step_triton
+from medusa import acceptance, step_triton
 from medusa.acceptance import Acceptance
+from medusa.backbone import Backbone
 from medusa.config import SamplingParams
 from medusa.decoder import Decoder
 from medusa.dynamic_tree import DynamicTree
@@ -27,17 +28,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INFINITY, NAN = float("inf"), float("nan")
 STATIC = Tree.full([4, 2, 2])
-
-
-@pytest.fixture
-def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels are compared with must not be the kernels, on a GPU either."""
-    serve_everywhere(monkeypatch, False)
-
-
-def serve_everywhere(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
-    for module in (acceptance, decoder, kv_cache):
-        monkeypatch.setattr(module, "triton_serves", lambda _: serves)
 
 
 def drawn_trees(batch: int, nodes: int, depth: int) -> RowTrees:
@@ -69,8 +59,7 @@ def assert_walks_alike(tree: RowTrees, *, vocab: int, limits: tuple[int | None, 
     return found
 
 
-@pytest.mark.usefixtures("_without_kernels")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("nodes", "depth"), [(1, 0), (1, 3), (2, 1), (5, 4), (17, 3), (64, 6), (256, 9)])
 def test_rows_walk_trees_of_their_own(nodes: int, depth: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -79,7 +68,6 @@ def test_rows_walk_trees_of_their_own(nodes: int, depth: int, seed: int) -> None
     assert_walks_alike(drawn_trees(batch, nodes, depth), vocab=2 + seed % 2, limits=(*limits,))
 
 
-@pytest.mark.usefixtures("_without_kernels")
 @settings(max_examples=30, deadline=None)
 @given(trees(), st.integers(0, 10**6), st.lists(st.sampled_from([None, 1, 2, 7]), min_size=1, max_size=3))
 def test_rows_walk_one_tree_that_all_share(tree: Tree, seed: int, limits: list[int | None]) -> None:
@@ -88,14 +76,12 @@ def test_rows_walk_one_tree_that_all_share(tree: Tree, seed: int, limits: list[i
         assert_walks_alike(tree.on(DEVICE).rows(len(limits)), vocab=2, limits=(*limits,))
 
 
-@pytest.mark.usefixtures("_without_kernels")
 @pytest.mark.parametrize("apart", [2047, 2048, 40_000])
 def test_what_is_chosen_may_stand_in_any_chunk(apart: int) -> None:
     for _ in range(2):
         assert_walks_alike(drawn_trees(2, 7, 4), vocab=3, limits=(None, None), apart=apart)
 
 
-@pytest.mark.usefixtures("_without_kernels")
 def test_a_walk_may_reach_the_last_node_and_a_limit_may_stop_it() -> None:
     chain = Tree.chain(7).on(DEVICE).rows(3)
     tokens = torch.arange(8, device=DEVICE).expand(3, -1)  # rows that share their memory
@@ -141,7 +127,6 @@ def new_cache(*, slots: int, heads: int, size: int, dtype: torch.dtype) -> KVCac
     return cache
 
 
-@pytest.mark.usefixtures("_without_kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "first_slot", "heads", "size", "slots"),
@@ -164,7 +149,6 @@ def test_compaction_moves_what_the_plain_one_moves(
         assert torch.equal(ours.store, plain.store)
 
 
-@pytest.mark.usefixtures("_without_kernels")
 def test_compaction_reads_all_before_it_writes_in_any_order_of_the_kept() -> None:
     ours, plain = (new_cache(slots=1, heads=1, size=8, dtype=torch.float32) for _ in range(2))
     ours.store.copy_(plain.store)
@@ -183,8 +167,10 @@ MODEL.model.to(DEVICE)
 HEADS = random_heads(MODEL).to(DEVICE)
 
 
-def decoder_of(tree: Tree | DynamicTree, *, slots: int = 3, graphs: Any = False) -> Decoder:
-    made = Decoder(MODEL, HEADS, tree, num_slots=slots, context_length=100, graphs=graphs)
+def decoder_of(tree: Tree | DynamicTree, monkeypatch: pytest.MonkeyPatch, *, fused: bool) -> Decoder:
+    """Its layers are the generic ones either way."""
+    monkeypatch.setattr(Backbone, "fuses_steps", fused)
+    made = Decoder(MODEL, HEADS, tree, num_slots=3, context_length=100, graphs=False)
     made._looks_at_data = False  # as on a GPU
     return made
 
@@ -203,9 +189,8 @@ def test_state_and_table_become_those_of_the_accepted_path(
     hidden = torch.randn(batch, nodes, width).to(DEVICE, dtype)
     before = torch.randint(50, (2, 3), device=DEVICE), torch.randn(3, width).to(DEVICE, dtype)
     states = []
-    for serves, bound in ((False, live), (True, live), (True, torch.tensor(live, device=DEVICE))):
-        serve_everywhere(monkeypatch, serves)
-        made = decoder_of(Tree.root_only())
+    for fused, bound in ((False, live), (True, live), (True, torch.tensor(live, device=DEVICE))):
+        made = decoder_of(Tree.root_only(), monkeypatch, fused=fused)
         (made.lengths, made.roots), made.hidden = before[0].clone(), before[1].clone()
         table = made._settle(accepted, tokens, hidden, bound)
         states.append((table, made.lengths, made.roots, made.hidden))
@@ -235,9 +220,8 @@ def test_whole_steps_are_the_plain_ones(
     for name in ("walk", "compact", "settle"):
         monkeypatch.setattr(step_triton, name, counted(called, getattr(step_triton, name)))
     decoders, emitted = [], []
-    for serves in (False, True):
-        serve_everywhere(monkeypatch, serves)
-        made = decoder_of(tree)
+    for fused in (False, True):
+        made = decoder_of(tree, monkeypatch, fused=fused)
         told = [made.prefill(0, [[3, 1, 4], [1, 5], [9, 2, 6, 5]], rows).tokens]
         told += [made.step(3, rows, live=live).tokens for live in (3, 2, 3, 1, 3, 3, 2, 3)]
         decoders.append(made)

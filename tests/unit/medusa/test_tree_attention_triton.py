@@ -111,7 +111,7 @@ def test_an_engine_decodes_the_same_by_all_kernels(
     """With 4, prompts and the tree itself are longer than what the kernel reads: a mask serves behind the other kernels."""
     monkeypatch.setattr(fused_llama, "MAX_TRITON_NODES", longest)
     answers = []
-    for kernel in ("torch", "triton"):
+    for kernel in ("torch", "triton", "fused"):
         backbone = tiny_backbone("mistral", seed=3, num_hidden_layers=1, sliding_window=window)
         backbone.model.to(DEVICE)
         backbone.fused = FusedLlama(backbone.model, gpu_kernels=kernel)  # type: ignore[arg-type]
@@ -121,4 +121,4 @@ def test_an_engine_decodes_the_same_by_all_kernels(
             for n in range(2)
         ]
         answers.append({done.request_id: done.token_ids for done in engine.run(requests)})
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
