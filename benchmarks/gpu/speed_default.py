@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu.speed_default`: a model's trees beside its own plain decoding, at several batch sizes, greedily.
 
 Both replay CUDA graphs where there is a GPU. Each repeat runs every contender within the same minute, in an order that
-rotates, and ratios are taken inside one repeat. "adaptive" chooses its nodes, of the first tree, by step times that are
+rotates, and ratios are taken inside one repeat, of whole runs and of their decode steps alone: reading prompts is the same for
+all, and on a GPU the host launches it kernel by kernel. "adaptive" chooses its nodes, of the first tree, by step times that are
 measured first.
 """
 
@@ -26,7 +27,7 @@ from benchmarks.report import Grid, save
 from medusa.backbone import dtype_name
 from medusa.config import SamplingParams
 from medusa.dynamic_tree import DynamicTree
-from medusa.engine import Engine, Request
+from medusa.engine import Engine, Request, StepRecord
 from medusa.generate import Model
 from medusa.provision import DEFAULT_BACKBONE
 from medusa.tree import Tree
@@ -42,8 +43,17 @@ class Run:
     """All prompts answered once by one contender."""
 
     tokens_per_s: float
+    step_tokens_per_s: float  # while decode steps ran
     answers: dict[str, list[int]]
     acceleration_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """An engine and what it tells of its forwards."""
+
+    engine: Engine
+    told: list[StepRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +62,30 @@ class Figures:
 
     tokens_per_s: float
     against_plain: Spread
+    steps_against_plain: Spread
     acceleration_rate: float
     num_identical: int
     num_answers: int
 
 
-def answer_all(engine: Engine, prompts: Sequence[list[int]], *, max_tokens: int) -> Run:
-    """Prefill included, from the first prompt to the last token."""
+def answer_all(contender: Contender, prompts: Sequence[list[int]], *, max_tokens: int) -> Run:
+    """From the first prompt to the last token. ValueError where nothing is decoded."""
     params = SamplingParams(max_tokens=max_tokens)
     requests = [Request(prompt_ids=ids, params=params, request_id=str(n)) for n, ids in enumerate(prompts)]
+    contender.told.clear()
     began = time.perf_counter()
-    done = list(engine.run(requests))
+    done = list(contender.engine.run(requests))
     seconds = time.perf_counter() - began
     tokens = sum(len(one.token_ids) for one in done)
+    decoded = [step for step in contender.told if step.phase == "decode"]
+    if not decoded:
+        raise ValueError(
+            "every answer ended with its first token, so there are no steps to compare; give other prompts"
+        )
     steps = sum(one.stats.num_steps for one in done)
     return Run(
         tokens_per_s=tokens / seconds,
+        step_tokens_per_s=sum(step.tokens for step in decoded) / sum(step.seconds for step in decoded),
         answers={one.request_id: one.token_ids for one in done},
         acceleration_rate=(tokens - len(done)) / max(steps, 1),
     )
@@ -75,24 +93,27 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], *, max_tokens: int)
 
 def engines(
     model: Model, trees: Sequence[Tree | DynamicTree], *, batch: int, context_length: int, policy_s: float, graphs: bool
-) -> dict[str, Engine]:
+) -> dict[str, Contender]:
     """Plain first; "adaptive" where it is known how often the heads are right."""
 
-    def make(tree: Tree | DynamicTree | None) -> Engine:
-        return Engine(
+    def make(tree: Tree | DynamicTree | None) -> Contender:
+        told: list[StepRecord] = []
+        engine = Engine(
             model.backbone, model.heads if tree else None, tree=tree, max_batch_size=batch,
-            context_length=context_length, graphs=graphs,
+            context_length=context_length, graphs=graphs, on_step=told.append,
         )  # fmt: skip
+        return Contender(engine=engine, told=told)
 
     made = {PLAIN: make(None), **{str(tree): make(tree) for tree in trees}}
     if model.checkpoint is not None and model.checkpoint.accuracy is not None:
         made[ADAPTIVE] = make(trees[0])
-        made[ADAPTIVE].policy = fit_policy(made[ADAPTIVE].decoder, model.checkpoint.accuracy, budget_s=policy_s)
+        engine = made[ADAPTIVE].engine
+        engine.policy = fit_policy(engine.decoder, model.checkpoint.accuracy, budget_s=policy_s)
     return made
 
 
 def compare(
-    made: Mapping[str, Engine], prompts: Sequence[list[int]], *, max_tokens: int, repeats: int
+    made: Mapping[str, Contender], prompts: Sequence[list[int]], *, max_tokens: int, repeats: int
 ) -> dict[str, list[Run]]:
     """Every contender `repeats` times; before that once, which records the graphs."""
     names = list(made)
@@ -114,6 +135,9 @@ def figures_of(runs: Mapping[str, Sequence[Run]]) -> dict[str, Figures]:
             against_plain=Spread.of(
                 [mine.tokens_per_s / one.tokens_per_s for mine, one in zip(own, plain, strict=True)]
             ),
+            steps_against_plain=Spread.of(
+                [mine.step_tokens_per_s / one.step_tokens_per_s for mine, one in zip(own, plain, strict=True)]
+            ),
             acceleration_rate=own[0].acceleration_rate,
             num_identical=sum(own[0].answers[key] == answer for key, answer in plain[0].answers.items()),
             num_answers=len(plain[0].answers),
@@ -125,10 +149,11 @@ def figures_of(runs: Mapping[str, Sequence[Run]]) -> dict[str, Figures]:
 def grid(batch: int, figures: Mapping[str, Figures]) -> Grid:
     rows = [
         [name, *(f"{ratio:.2f}" for ratio in (own.against_plain.min, own.against_plain.median, own.against_plain.max)),
+         f"{own.steps_against_plain.median:.2f}",
          f"{own.acceleration_rate:.2f}", f"{own.tokens_per_s:.0f}", f"{own.num_identical} of {own.num_answers}"]
         for name, own in figures.items()
     ]  # fmt: skip
-    columns = ("", "/ plain, min", "median", "max", "tokens a step", "tokens/s", "same answers")
+    columns = ("", "/ plain, min", "median", "max", "of steps alone", "tokens a step", "tokens/s", "same answers")
     return Grid(title=f"{batch} sequences", columns=columns, rows=rows)
 
 

@@ -72,7 +72,7 @@ def test_a_tree_is_set_beside_plain_decoding(tiny_folder: Path, tmp_path: Path) 
     assert set(record["figures"]) == {"1", "2"}
     for own in record["figures"].values():
         assert set(own) == {"plain", "tree of 4", "dynamic tree of 3", "adaptive"}
-        assert own["plain"]["against_plain"]["median"] == 1
+        assert own["plain"]["against_plain"]["median"] == own["plain"]["steps_against_plain"]["median"] == 1
         for tree in own.values():
             assert tree["num_identical"] == tree["num_answers"] > 1 and tree["acceleration_rate"] >= 1
     assert "2 sequences" in page
@@ -100,3 +100,10 @@ def test_the_helper_of_the_gpu_tests_works_without_a_gpu() -> None:
     answers = engine_answers("cpu", tree="dynamic", scheme="typical top-k")
     assert [len(answer) for answer in answers] == [24] * 5
     assert engine_answers("cpu", scheme="limited") == engine_answers("cpu", tree="dynamic")
+
+
+def test_answers_without_a_step_are_told(tiny_folder: Path) -> None:
+    model = medusa.load(tiny_folder, heads=None, dtype="float32")
+    made = speed_default.engines(model, [], batch=1, context_length=32, policy_s=0, graphs=False)
+    with pytest.raises(ValueError, match="every answer ended with its first token"):
+        speed_default.answer_all(made["plain"], [[3, 1]], max_tokens=1)
