@@ -127,10 +127,10 @@ def walk(tree: RowTrees, tokens: Tensor, logits: Tensor, max_nodes: Tensor | Non
     keys, num_slots = best_keys(logits), tree.depth + 1
     nodes, slots, chunks = (triton.next_power_of_2(n) for n in (num_nodes, num_slots, keys.shape[-1]))
     node, num_accepted, next_root = torch.empty(3, batch, dtype=torch.long, device=tokens.device)
-    path = torch.empty(batch, num_slots, dtype=torch.long, device=tokens.device)
+    chosen, path = (torch.empty(batch, n, dtype=torch.long, device=tokens.device) for n in (num_nodes, num_slots))
     with torch.cuda.device_of(tokens):
         _walk[(batch,)](
-            keys, torch.empty_like(tokens), tokens.contiguous(), tree.node_paths, keys if max_nodes is None else max_nodes,
+            keys, chosen, tokens.contiguous(), tree.node_paths, keys if max_nodes is None else max_nodes,
             node, num_accepted, next_root, path, num_nodes, num_slots, keys.shape[-1], *tree.node_paths.stride(),
             LIMIT=max_nodes is not None, NODES=nodes, SLOTS=slots, CHUNKS=chunks,
             num_warps=min(8, max(1, nodes * max(slots, chunks) // 128)),
