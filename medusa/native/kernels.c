@@ -12,8 +12,17 @@
    Plain C with GCC's vector types; compiled for the machine at hand by medusa/native/build.py. */
 
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
+#ifdef __linux__
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD omp_get_thread_num()
@@ -35,8 +44,6 @@
 #endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512F__) && LANES == 16
 #define HAS_TILES /* a virtual machine may show AMX alone */
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #define PANEL (2 * LANES) /* outputs whose weights lie side by side: one load gives two vectors of them */
 #define TILE 6    /* rows that share one pass over a panel */
@@ -47,6 +54,7 @@
 #define TINY 1e-30f /* a row whose largest is less counts as zeros */
 #define RUN 512   /* inputs of which no sum of steps times bytes overflows 32 bits */
 #define LINE 64   /* bytes of a cache line */
+#define PATIENCE 20000 /* nanoseconds that a thread waits for others awake */
 #define QUERIES 4 /* queries of a narrow block */
 #define VECTORS (LANES == 16 ? 4 : 2) /* of a value, in one pass for QUERIES queries */
 #define MOST_TILED 256 /* the largest head size whose keys are multiplied as tiles */
@@ -252,10 +260,79 @@ INLINE Eight sums_of(const Floats x[8])
            __builtin_shufflevector(twos[0], twos[1], 2, 3, 10, 11, 6, 7, 14, 15);
 }
 
-INLINE void share(int64_t all, int64_t thread, int64_t threads, int64_t *first, int64_t *last)
+/* --- threads that work together ----------------------------------------------------------------------------------- */
+
+/* Where the threads of a call wait for one another. */
+typedef struct {
+    _Alignas(LINE) atomic_int arrived;
+    _Alignas(LINE) atomic_int round;
+    atomic_int asleep;
+} Meeting;
+
+/* One of `threads` threads, and where it meets the others. */
+typedef struct {
+    int64_t thread, threads;
+    Meeting *meeting;
+} Team;
+
+#define TEAM(meeting) ((Team){THREAD, THREADS, &(meeting)}) /* within a parallel region */
+
+INLINE void relax(void)
 {
-    *first = all * thread / threads;
-    *last = all * (thread + 1) / threads;
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+static void sleep_through(Meeting *m, int round)
+{
+    while (atomic_load(&m->round) == round) {
+#ifdef __linux__
+        atomic_fetch_add(&m->asleep, 1);
+        syscall(SYS_futex, &m->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
+        atomic_fetch_sub(&m->asleep, 1);
+#else
+        sched_yield();
+#endif
+    }
+}
+
+/* Go on when all are here. Who waits looks for a moment, since the others are near if they run, and then gives its core away:
+   another program may have theirs. */
+static void meet(Team team)
+{
+    Meeting *m = team.meeting;
+    const int round = atomic_load_explicit(&m->round, memory_order_relaxed);
+    if (team.threads == 1) return;
+    if (atomic_fetch_add(&m->arrived, 1) == team.threads - 1) {
+        atomic_store(&m->arrived, 0);
+        atomic_store(&m->round, round + 1);
+#ifdef __linux__
+        if (atomic_load(&m->asleep)) syscall(SYS_futex, &m->round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+#endif
+        return;
+    }
+    for (const int64_t end = nanoseconds() + PATIENCE; nanoseconds() < end;)
+        for (int i = 0; i < 64; i++) {
+            if (atomic_load_explicit(&m->round, memory_order_acquire) != round) return;
+            relax();
+        }
+    sleep_through(m, round);
+}
+
+INLINE void share(int64_t all, Team team, int64_t *first, int64_t *last)
+{
+    *first = all * team.thread / team.threads;
+    *last = all * (team.thread + 1) / team.threads;
 }
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
@@ -560,10 +637,10 @@ static void tiles(const Weight *w, int64_t panel, const uint16_t *x, int64_t row
 #endif
 
 /* x [rows][inputs] to bands of SIDE rows as products with w read them; this thread's share. */
-static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
+static void to_bands(const Weight *w, const float *x, int64_t rows, char *bands, Team team)
 {
     int64_t row, last;
-    share(rows, thread, threads, &row, &last);
+    share(rows, team, &row, &last);
     for (; row < last; row++) {
         const float *from = x + row * w->inputs;
         const int64_t place = row % SIDE;
@@ -622,25 +699,24 @@ static int block(const Weight *w, int64_t panel, int panels, const void *x, int6
 }
 
 /* x [rows][inputs] as products with w read it: itself or, rounded, as `bands` that all threads make together. */
-static const void *readable(const Weight *w, const float *x, int64_t rows, char *bands, int64_t thread, int64_t threads)
+static const void *readable(const Weight *w, const float *x, int64_t rows, char *bands, Team team)
 {
     if (!band_bytes(w, w->inputs)) return x;
-    to_bands(w, x, rows, bands, thread, threads);
-#pragma omp barrier
+    to_bands(w, x, rows, bands, team);
+    meet(team);
     if (in_tiles(w)) tiles_on();
     return bands;
 }
 
 /* y [rows][outputs] = x times weights, or += where `add`; this thread's share of the outputs. */
-static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, char *bands, int64_t thread,
-                    int64_t threads)
+static void product(const Weight *w, const float *x, int64_t rows, float *y, int add, char *bands, Team team)
 {
-    const void *inputs = readable(w, x, rows, bands, thread, threads);
+    const void *inputs = readable(w, x, rows, bands, team);
     const int64_t most = w->type == INT8 ? 2 : 3; /* rows that leave registers for a second panel */
     const int64_t height = height_of(w), wide = !in_tiles(w) && (rows <= most || LANES == 16) ? 2 : 1;
     float out[ROOM];
     int64_t panel, last;
-    share(panels_of(w), thread, threads, &panel, &last);
+    share(panels_of(w), team, &panel, &last);
     while (panel < last) {
         const int64_t panels = last - panel < wide ? 1 : wide, from = panel * PANEL;
         const int64_t width = (w->outputs - from < panels * PANEL ? w->outputs - from : panels * PANEL);
@@ -661,14 +737,13 @@ static void product(const Weight *w, const float *x, int64_t rows, float *y, int
 }
 
 /* y [rows][F] = SiLU(x gate) * (x up). */
-static void gated(const Layer *layer, const float *x, int64_t rows, float *y, char *bands, int64_t thread,
-                  int64_t threads)
+static void gated(const Layer *layer, const float *x, int64_t rows, float *y, char *bands, Team team)
 {
     const Weight *gate = &layer->gate, *up = &layer->up;
-    const void *inputs = readable(gate, x, rows, bands, thread, threads);
+    const void *inputs = readable(gate, x, rows, bands, team);
     const int64_t height = height_of(gate);
     int64_t panel, last;
-    share(panels_of(gate), thread, threads, &panel, &last);
+    share(panels_of(gate), team, &panel, &last);
     float gates[ROOM], ups[ROOM];
     for (; panel < last; panel++) {
         const int64_t from = panel * PANEL, left = gate->outputs - from;
@@ -705,10 +780,10 @@ static void norm(const float *x, const float *weight, float eps, int64_t size, f
     for (int64_t j = 0; j < size; j++) y[j] = x[j] * scale * weight[j];
 }
 
-static void norms(const float *x, const float *weight, const Model *m, int64_t rows, float *y, int64_t thread, int64_t threads)
+static void norms(const float *x, const float *weight, const Model *m, int64_t rows, float *y, Team team)
 {
     int64_t row, last;
-    share(rows, thread, threads, &row, &last);
+    share(rows, team, &row, &last);
     for (; row < last; row++) norm(x + row * m->hidden, weight, m->eps, m->hidden, y + row * m->hidden);
 }
 
@@ -722,12 +797,11 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half)
 }
 
 /* Finish queries and keys of this thread's rows and put keys and values where they belong. */
-static void place(const Model *m, const Layer *layer, const Step *s, uint16_t *cache, float *qkv, int64_t thread,
-                  int64_t threads)
+static void place(const Model *m, const Layer *layer, const Step *s, uint16_t *cache, float *qkv, Team team)
 {
     const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
     int64_t row, last;
-    share(s->batch * s->num_new, thread, threads, &row, &last);
+    share(s->batch * s->num_new, team, &row, &last);
     for (; row < last; row++) {
         const int64_t b = row / s->num_new, slot = s->offsets[b] + row % s->num_new, at = s->positions[row] * (size / 2);
         float *query = qkv + row * width, *key = query + m->groups * heads * size, *value = key + heads * size;
@@ -751,11 +825,11 @@ static void place(const Model *m, const Layer *layer, const Step *s, uint16_t *c
 /* A mask with queries innermost has room behind each row to read SIDE of them from any on. */
 static int64_t mask_stride(const Step *s) { return s->num_new + SIDE; }
 
-static void transpose_masks(const Step *s, uint8_t *seen_by, int64_t thread, int64_t threads)
+static void transpose_masks(const Step *s, uint8_t *seen_by, Team team)
 {
     const int64_t num_new = s->num_new, stride = mask_stride(s);
     int64_t column, last;
-    share((s->visible_stride ? s->batch : 1) * num_new, thread, threads, &column, &last);
+    share((s->visible_stride ? s->batch : 1) * num_new, team, &column, &last);
     for (; column < last; column++)
         for (int64_t row = 0; row < num_new; row++) {
             const uint8_t *mask = s->visible + column / num_new * s->visible_stride;
@@ -992,13 +1066,13 @@ static int64_t queries_of(const Model *m)
 
 /* qkv [M][(H + 2 H/G) E] -> seen [M][H E]. Queries of one key/value head are taken a block at a time. */
 static void attention(const Model *m, const Step *s, const uint16_t *cache, const uint8_t *seen_by, const float *qkv, float *seen,
-                      float *weights, int64_t thread, int64_t threads)
+                      float *weights, Team team)
 {
     const int64_t size = m->head_dim, heads = m->num_kv_heads, width = (m->groups + 2) * heads * size;
     const int64_t queries = m->groups * s->num_new, side = queries_of(m), blocks = (queries + side - 1) / side;
     float total[SIDE];
     if (side == SIDE) tiles_on();
-    for (int64_t task = thread; task < s->batch * heads * blocks; task += threads) { /* later blocks of a prompt see more */
+    for (int64_t task = team.thread; task < s->batch * heads * blocks; task += team.threads) { /* later blocks of a prompt see more */
         const int64_t b = task / (heads * blocks), head = task / blocks % heads, first = task % blocks * side;
         const int count = (int)(queries - first < side ? queries - first : side);
         Block block = {.prefix = s->offsets[b], .num_new = s->num_new, .size = size, .count = count};
@@ -1100,12 +1174,11 @@ static void read_row(const Heads *h, const Guess *g, int64_t num_read, int64_t r
 }
 
 /* y [rows][D] = x + SiLU(bump + bias), x the hidden states before the first block and y after it; this thread's rows. */
-static void bumps(const Heads *h, const Guess *g, int64_t layer, const float *bias, const float *bump, float *y, int64_t thread,
-                  int64_t threads)
+static void bumps(const Heads *h, const Guess *g, int64_t layer, const float *bias, const float *bump, float *y, Team team)
 {
     const int64_t size = h->hidden;
     int64_t row, last;
-    share(g->rows, thread, threads, &row, &last);
+    share(g->rows, team, &row, &last);
     for (; row < last; row++) {
         const float *x = layer ? y + row * size : g->hidden + row / g->rows_each * size;
         int64_t i = 0;
@@ -1183,8 +1256,9 @@ int64_t medusa_work_bytes(const Model *m, const Step *s) { return plan(m, s).end
 
 void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, char *work, int64_t threads)
 {
+    Meeting meeting = {0};
 #pragma omp parallel num_threads((int)threads)
-    product(w, x, rows, y, 0, work, THREAD, THREADS);
+    product(w, x, rows, y, 0, work, TEAM(meeting));
 }
 
 /* Where things lie in the work of guesses, in bytes from its start. */
@@ -1213,7 +1287,7 @@ static GuessPlan guess_plan(const Heads *h, const Guess *g)
 }
 
 /* All threads together. */
-static void guess(const Heads *h, const Guess *g, char *work, int64_t thread, int64_t threads)
+static void guess(const Heads *h, const Guess *g, char *work, Team team)
 {
     const int64_t rows = g->rows, all = g->count * rows, size = h->hidden, choices = h->lm_head.outputs;
     const GuessPlan p = guess_plan(h, g);
@@ -1224,19 +1298,19 @@ static void guess(const Heads *h, const Guess *g, char *work, int64_t thread, in
     for (int64_t k = 0; k < g->count; k++) {
         const Head *head = h->heads + g->first + k;
         float *own = features + k * rows * size;
-        share(rows, thread, threads, &row, &last);
+        share(rows, team, &row, &last);
         for (; row < last; row++) read_row(h, g, head->num_read, row, read + row * (1 + head->num_read) * size);
         for (int64_t layer = 0; layer < h->num_layers; layer++) {
-#pragma omp barrier
-            product(head->blocks + layer, layer ? own : read, rows, bump, 0, bands, thread, threads);
-#pragma omp barrier
-            bumps(h, g, layer, head->biases + layer * size, bump, own, thread, threads);
+            meet(team);
+            product(head->blocks + layer, layer ? own : read, rows, bump, 0, bands, team);
+            meet(team);
+            bumps(h, g, layer, head->biases + layer * size, bump, own, team);
         }
-#pragma omp barrier
+        meet(team);
     }
-    product(&h->lm_head, features, all, logits, 0, bands, thread, threads);
-#pragma omp barrier
-    share(all, thread, threads, &row, &last);
+    product(&h->lm_head, features, all, logits, 0, bands, team);
+    meet(team);
+    share(all, team, &row, &last);
     for (; row < last; row++) {
         const float *x = logits + row * choices, heat = g->temperatures ? g->temperatures[row / rows] : 1.0f;
         int64_t *places = g->tokens + row * g->ranks;
@@ -1249,7 +1323,7 @@ static void guess(const Heads *h, const Guess *g, char *work, int64_t thread, in
         if (h->vocabulary)
             for (int64_t r = 0; r < g->ranks; r++) places[r] = h->vocabulary[places[r]];
     }
-#pragma omp barrier
+    meet(team);
 }
 
 /* Bytes of work, which begins on a cache line. */
@@ -1257,8 +1331,9 @@ int64_t medusa_guess_bytes(const Heads *h, const Guess *g) { return guess_plan(h
 
 void medusa_guess(const Heads *h, const Guess *g, char *work, int64_t threads)
 {
+    Meeting meeting = {0};
 #pragma omp parallel num_threads((int)threads)
-    guess(h, g, work, THREAD, THREADS);
+    guess(h, g, work, TEAM(meeting));
 }
 
 /* Where things lie in a search's work: paths and guesses of a level; of a beam, all nodes that it saw. */
@@ -1346,11 +1421,11 @@ static Guess next_guess(const Search *s, const SearchPlan *p, char *work, int64_
 }
 
 /* A static tree of each sequence. All threads together, each with its own sequences between guesses. */
-static void fill(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
+static void fill(const Heads *h, const Search *s, char *work, Team team)
 {
     const SearchPlan p = search_plan(h, s);
     int64_t *path = (int64_t *)(work + p.path), first, last;
-    share(s->batch, thread, threads, &first, &last);
+    share(s->batch, team, &first, &last);
     for (int64_t b = first; b < last; b++) s->tokens[b * s->num_nodes] = s->roots[b];
     for (int64_t i = 0; i < s->num_levels; i++) {
         const Level *level = s->levels + i;
@@ -1358,8 +1433,8 @@ static void fill(const Heads *h, const Search *s, char *work, int64_t thread, in
         const int64_t in_paths = level->parents * (i + 1), guesses = level->parents * level->ranks;
         for (int64_t b = first; b < last; b++)
             for (int64_t j = 0; j < in_paths; j++) path[b * in_paths + j] = s->tokens[b * s->num_nodes + level->paths[j]];
-#pragma omp barrier
-        guess(h, &g, work + p.guess, thread, threads);
+        meet(team);
+        guess(h, &g, work + p.guess, team);
         for (int64_t b = first; b < last; b++)
             for (int64_t c = 0; c < level->num_children; c++)
                 s->tokens[b * s->num_nodes + level->children[c]] =
@@ -1368,11 +1443,11 @@ static void fill(const Heads *h, const Search *s, char *work, int64_t thread, in
 }
 
 /* The likeliest nodes that a beam sees. All threads together, each with its own sequences between guesses. */
-static void beam(const Heads *h, const Search *s, char *work, int64_t thread, int64_t threads)
+static void beam(const Heads *h, const Search *s, char *work, Team team)
 {
     const SearchPlan p = search_plan(h, s);
     int64_t *path = (int64_t *)(work + p.path), first, last, num_seen = 1, level_start = 0;
-    share(s->batch, thread, threads, &first, &last);
+    share(s->batch, team, &first, &last);
     for (int64_t b = first; b < last; b++) {
         const Seen n = seen_by_beam(&p, work, b);
         n.tokens[0] = s->roots[b], n.parents[0] = -1, n.depths[0] = 0, n.scores[0] = 0;
@@ -1390,8 +1465,8 @@ static void beam(const Heads *h, const Search *s, char *work, int64_t thread, in
                 for (int64_t j = i; j >= 0; j--, node = n.parents[node]) own[j] = n.tokens[node];
             }
         }
-#pragma omp barrier
-        guess(h, &g, work + p.guess, thread, threads);
+        meet(team);
+        guess(h, &g, work + p.guess, team);
         for (int64_t b = first; b < last; b++) {
             const Seen n = seen_by_beam(&p, work, b);
             for (int64_t c = 0; c < guesses; c++) {
@@ -1413,10 +1488,11 @@ int64_t medusa_search_bytes(const Heads *h, const Search *s) { return search_pla
 
 void medusa_search(const Heads *h, const Search *s, char *work, int64_t threads)
 {
+    Meeting meeting = {0};
 #pragma omp parallel num_threads((int)threads)
     {
-        if (s->depths) beam(h, s, work, THREAD, THREADS);
-        else fill(h, s, work, THREAD, THREADS);
+        if (s->depths) beam(h, s, work, TEAM(meeting));
+        else fill(h, s, work, TEAM(meeting));
     }
 }
 
@@ -1817,31 +1893,33 @@ void medusa_layers(const Model *m, const Step *s)
     float *inner = (float *)(work + p.inner), *weights = (float *)(work + p.weights);
     char *bands = work + p.bands;
     uint8_t *seen_by = (uint8_t *)(work + p.seen_by);
+    Meeting meeting = {0};
 #pragma omp parallel num_threads((int)s->threads)
     {
-        const int64_t thread = THREAD, threads = THREADS;
-        if (in_tiles(&m->layers->out)) transpose_masks(s, seen_by, thread, threads);
+        const Team team = TEAM(meeting);
+        if (in_tiles(&m->layers->out)) transpose_masks(s, seen_by, team);
         for (int64_t i = 0; i < m->num_layers; i++) {
             const Layer *layer = m->layers + i;
             uint16_t *cache = s->cache + 2 * i * s->plane_stride;
-            norms(s->hidden, layer->norm_attention, m, rows, normed, thread, threads);
-#pragma omp barrier
-            product(&layer->query_key_value, normed, rows, qkv, 0, bands, thread, threads);
-#pragma omp barrier
-            place(m, layer, s, cache, qkv, thread, threads);
-#pragma omp barrier
-            attention(m, s, cache, seen_by, qkv, seen, weights + thread * p.per_thread, thread, threads);
-#pragma omp barrier
-            product(&layer->out, seen, rows, s->hidden, 1, bands, thread, threads);
-#pragma omp barrier
-            norms(s->hidden, layer->norm_mlp, m, rows, normed, thread, threads);
-#pragma omp barrier
-            gated(layer, normed, rows, inner, bands, thread, threads);
-#pragma omp barrier
-            product(&layer->down, inner, rows, s->hidden, 1, bands, thread, threads);
-#pragma omp barrier
+            norms(s->hidden, layer->norm_attention, m, rows, normed, team);
+            meet(team);
+            product(&layer->query_key_value, normed, rows, qkv, 0, bands, team);
+            meet(team);
+            place(m, layer, s, cache, qkv, team);
+            meet(team);
+            attention(m, s, cache, seen_by, qkv, seen, weights + team.thread * p.per_thread, team);
+            meet(team);
+            product(&layer->out, seen, rows, s->hidden, 1, bands, team);
+            meet(team);
+            norms(s->hidden, layer->norm_mlp, m, rows, normed, team);
+            meet(team);
+            gated(layer, normed, rows, inner, bands, team);
+            meet(team);
+            product(&layer->down, inner, rows, s->hidden, 1, bands, team);
+            meet(team);
         }
-        norms(s->hidden, m->norm, m, rows, normed, thread, threads);
+        norms(s->hidden, m->norm, m, rows, normed, team);
+        meet(team);
     }
     memcpy(s->hidden, normed, (size_t)(rows * m->hidden) * sizeof(float));
 }

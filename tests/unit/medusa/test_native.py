@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_products_are_exact_and_rows_are_alone(
         size = exact.abs().amax(dim=1, keepdim=True).clamp_min(1)  # of each row: one is ten thousand times the others
         torch.testing.assert_close(out.double() / size, exact / size, rtol=1e-5, atol=1e-5)
         assert torch.equal(out, torch.cat([packed(row[None]) for row in x[:rows]]))
+
+
+@pytest.mark.timeout(60)
+def test_threads_that_wait_asleep_wake_and_see_what_others_made() -> None:
+    """More threads than cores cannot all stay awake; a wake that is lost would be silence for ever."""
+    weight, x = PackedWeight.of(torch.randn(300, 130), int8=True), torch.randn(9, 130)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = weight(x)
+        torch.set_num_threads(4 * (os.cpu_count() or 1) + 1)
+        assert all(torch.equal(weight(x), alone) for _ in range(500))
+    finally:
+        torch.set_num_threads(before)
 
 
 def sixteen_bits(x: Tensor) -> Tensor:
