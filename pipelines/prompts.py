@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _USER, _SYSTEM = {"user", "human", "prompter"}, {"system", "developer"}
 _PLAIN = ("prompt", "text", "question")
+_SHAPES = "messages, conversations, turns, instruction, prompt, text or question"  # as messages give them
 _ALL_TOLD = 20  # bad records that are named one by one; the rest are counted
 
 
@@ -128,9 +129,8 @@ def read_prompts(
     if num_faults > _ALL_TOLD:
         report(f"{num_faults - _ALL_TOLD} more records are no prompts and left out")
     if not found:
-        shapes = "messages, conversations, turns, instruction or prompt"
         read_from = without_credentials(", ".join(sources))
-        raise PromptError(f"{read_from} holds no prompt ({first_fault}); each record must have {shapes}")
+        raise PromptError(f"{read_from} holds no prompt ({first_fault}); each record must have {_SHAPES}")
     return _told_apart(list(found.values()))
 
 
@@ -189,7 +189,7 @@ def _read_shape(row: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
             return _chat(messages, "role", "content")
         if isinstance(row.get(key), str):
             return None, (row[key],)
-    raise ValueError(f"no messages, conversations, turns, instruction or prompt among its keys {sorted(map(str, row))}")
+    raise ValueError(f"no {_SHAPES} among its keys {sorted(map(str, row))}")
 
 
 def _chat(messages: Iterable[Any], role_key: str, text_key: str) -> tuple[str | None, tuple[str, ...]]:

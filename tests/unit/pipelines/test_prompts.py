@@ -105,6 +105,14 @@ def test_what_is_no_prompt_is_refused(row: dict[str, Any]) -> None:
         parse_prompt(row, source="s")
 
 
+def test_a_refusal_names_every_shape_that_is_read() -> None:
+    with pytest.raises(ValueError, match="among its keys") as refused:
+        parse_prompt({"foo": "bar"}, source="s")
+    for key in ("prompt", "text", "question", "instruction"):
+        assert parse_prompt({key: "Why?"}, source="s").turns == ("Why?",)
+        assert key in str(refused.value)
+
+
 def test_a_bad_line_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": \n\n[1]\n{"nothing": 1}\n{"prompt": "b"}\n{"prompt": "a"}\n')
