@@ -1,7 +1,7 @@
 """The command line, `medusa …`. Parses and prints; what is done stands in medusa, pipelines and deploy.
 
-Heavy packages are imported inside the commands, so that `medusa --help` answers at once. Whatever the user can mend
-ends as one line on stderr with exit code 2, Ctrl-C with 130; answers alone go to stdout.
+Heavy packages are imported inside the commands, so that `medusa --help` and slips are answered at once. Whatever the user can
+mend ends as one line on stderr with exit code 2, Ctrl-C with 130; answers alone go to stdout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from deploy import cli_formats
 
 if TYPE_CHECKING:
     from medusa.generate import Generation, Model
+    from pipelines.config import Config
 
 STAGES = {
     "distill": "Answer prompts with the backbone itself: the training data.",
@@ -250,14 +251,20 @@ def provision(
     print(default_backbone(wheel=wheel))
 
 
+def _configured(config: Path | None, overrides: Sequence[str]) -> Config:
+    """The configuration, before what it is for is imported: a slip is told at once, not after seconds."""
+    from pipelines.config import load_config
+
+    return load_config(config, overrides)
+
+
 def _stage(name: str) -> Callable[..., None]:
     def run_stage(overrides: Overrides = None, config: ConfigFile = None) -> None:
+        settings = _configured(config, overrides or ())
         from deploy.terminal import stage_progress
         from pipelines.cluster import run_stage
-        from pipelines.config import load_config
 
         _quiet()
-        settings = load_config(config, overrides or ())
         stage = importlib.import_module(f"pipelines.{name}")
         with stage_progress(name) as progress:
             result = run_stage(name, stage.run, settings, progress)
@@ -296,13 +303,12 @@ def list_versions(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of a table.")] = False,
 ) -> None:
     """Every version with its aliases, figures and what the gate said, the newest first."""
-    from pipelines.config import load_config
+    settings = _configured(config, overrides or ())
     from pipelines.credentials import without_credentials
     from pipelines.listing import list_entries
     from pipelines.registry import tracking_uri
 
     _quiet()
-    settings = load_config(config, overrides or ())
     entries = list_entries(settings)
     if as_json:
         print(json.dumps([entry.as_dict() for entry in entries], ensure_ascii=False, indent=1))
@@ -340,13 +346,13 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: serve.port, 8000.")] = None,
 ) -> None:
     """Serve the champion over HTTP, OpenAI's protocol, on this machine."""
-    from deploy.serve import run
-    from pipelines.config import load_config
-
-    _quiet()
     given = {"host": host, "port": port}
     flags = [f"serve.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    run(load_config(config, [*(overrides or ()), *flags]))
+    settings = _configured(config, [*(overrides or ()), *flags])
+    from deploy.serve import run
+
+    _quiet()
+    run(settings)
 
 
 @app.command()
@@ -355,12 +361,12 @@ def demo(
     workdir: Annotated[Path | None, typer.Option(help="Where everything is written. Default: medusa-demo.")] = None,
 ) -> None:
     """The whole way on this machine in about ten minutes: distil, train, …, promote, serve, one streamed answer."""
+    flags = [f"workdir={json.dumps(str(workdir))}"] if workdir is not None else []
+    settings = _configured(Path("demo"), [*(overrides or ()), *flags])
     from deploy.demo import run
-    from pipelines.config import load_config
 
     _quiet()
-    flags = [f"workdir={json.dumps(str(workdir))}"] if workdir is not None else []
-    run(load_config(Path("demo"), [*(overrides or ()), *flags]))
+    run(settings)
 
 
 app.add_typer(cli_formats.commands)  # without a name: its commands stand beside the others

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -15,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from medusa.engine import Stats
-from medusa.generate import Chunk, Generation
 from pipelines.listing import Entry
 from pipelines.stage import Step
+
+if TYPE_CHECKING:
+    from medusa.generate import Chunk, Generation
+    from medusa.request import Stats
 
 # Neighbouring steps differ; a run of one colour is what one step accepted.
 STEP_STYLES = ("cyan", "yellow", "green", "magenta")

@@ -150,7 +150,8 @@ def load_checkpoint(
     config = _read_json(root / CONFIG)
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{root / CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}: not a heads checkpoint"
+            f"{root / CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}: not a heads checkpoint "
+            "(`medusa import` makes one of other systems' heads)"
         )
     weights = _read_weights(root / WEIGHTS)
     vocabulary = weights.pop(VOCABULARY, None)
