@@ -307,7 +307,7 @@ static void sleep_through(Meeting *m, int round)
 }
 
 /* Go on when all are here. Who waits looks for a moment, since the others are near if they run, and then gives its core away:
-   another program may have theirs. */
+   another program may have theirs. Calls end so too, since OpenMP's own end of a region keeps the core much longer. */
 static void meet(Team team)
 {
     Meeting *m = team.meeting;
@@ -1258,7 +1258,11 @@ void medusa_linear(const Weight *w, const float *x, int64_t rows, float *y, char
 {
     Meeting meeting = {0};
 #pragma omp parallel num_threads((int)threads)
-    product(w, x, rows, y, 0, work, TEAM(meeting));
+    {
+        const Team team = TEAM(meeting);
+        product(w, x, rows, y, 0, work, team);
+        meet(team);
+    }
 }
 
 /* Where things lie in the work of guesses, in bytes from its start. */
@@ -1491,8 +1495,10 @@ void medusa_search(const Heads *h, const Search *s, char *work, int64_t threads)
     Meeting meeting = {0};
 #pragma omp parallel num_threads((int)threads)
     {
-        if (s->depths) beam(h, s, work, TEAM(meeting));
-        else fill(h, s, work, TEAM(meeting));
+        const Team team = TEAM(meeting);
+        if (s->depths) beam(h, s, work, team);
+        else fill(h, s, work, team);
+        meet(team);
     }
 }
 
