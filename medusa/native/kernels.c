@@ -18,10 +18,13 @@
 #include <string.h>
 #include <time.h>
 #ifdef __linux__
-#include <limits.h>
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#if __has_include(<linux/futex.h>) /* not everywhere a part of what comes with a compiler */
+#define HAS_FUTEX
+#include <limits.h>
+#include <linux/futex.h>
+#endif
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -296,7 +299,7 @@ static int64_t nanoseconds(void)
 static void sleep_through(Meeting *m, int round)
 {
     while (atomic_load(&m->round) == round) {
-#ifdef __linux__
+#ifdef HAS_FUTEX
         atomic_fetch_add(&m->asleep, 1);
         syscall(SYS_futex, &m->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
         atomic_fetch_sub(&m->asleep, 1);
@@ -316,7 +319,7 @@ static void meet(Team team)
     if (atomic_fetch_add(&m->arrived, 1) == team.threads - 1) {
         atomic_store(&m->arrived, 0);
         atomic_store(&m->round, round + 1);
-#ifdef __linux__
+#ifdef HAS_FUTEX
         if (atomic_load(&m->asleep)) syscall(SYS_futex, &m->round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 #endif
         return;
