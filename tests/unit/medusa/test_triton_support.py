@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from medusa import triton_support
-from medusa.triton_support import has_triton, triton_serves
+from medusa.triton_support import has_triton
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,6 @@ def test_with_a_compiler_it_is_used(compiler: str, monkeypatch: pytest.MonkeyPat
     imports(monkeypatch, None)
     compilers(monkeypatch, compiler)
     assert has_triton()
-    assert triton_serves(torch.device("cuda", 1)) and not triton_serves(torch.device("cpu"))
 
 
 def test_a_compiler_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
