@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deploy.reader import EngineOverloaded
+from deploy.errors import EngineOverloaded
 
 MEAN_WEIGHT = 1 / 8
 

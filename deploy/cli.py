@@ -406,17 +406,16 @@ def _load(
     backbone: str, heads: str, *, plain: bool, tree: str | None, dtype: str, device: Device | None, force: bool
 ) -> Model:
     """The model, what can be refused without loading it refused first."""
-    _quiet()
-    import medusa
-    from medusa.backbone import parse_dtype
     from medusa.pretrained import NAMES, SUFFIXES
 
-    parse_dtype(dtype)
     if plain and tree is not None:
         raise ValueError("--plain decodes without a tree; leave --tree out")
     plain = plain or heads == "none"
     if not plain and heads not in SUFFIXES and not Path(heads).is_dir():
         raise ValueError(f"no heads folder at {heads}; give a checkpoint's folder, {NAMES}, or --plain")
+    _quiet()
+    import medusa
+
     return medusa.load(
         backbone, heads=None if plain else heads, dtype=dtype, device=device and device.value, force=force
     )

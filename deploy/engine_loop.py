@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deploy.admission import Admission, Load
+from deploy.errors import EngineOverloaded, EngineUnavailable, SlowReader
 from deploy.metrics import FailureReason, Metrics
-from deploy.reader import Answer, EngineOverloaded, EngineUnavailable, Piece, Reader, SlowReader
+from deploy.reader import MAX_UNREAD_PIECES, Answer, Piece, Reader
 from medusa.detokenize import TextStream
 from medusa.engine import Delta, Engine, Request
 from medusa.errors import MedusaError
 
-__all__ = ["Answer", "EngineLoop", "EngineOverloaded", "EngineUnavailable", "Lane", "Load", "Piece", "SlowReader"]
+__all__ = ["Answer", "EngineLoop", "Lane", "Load", "Piece"]
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class EngineLoop:
         piece = Piece(text=text, token_ids=tuple(delta.token_ids), logprobs=delta.logprobs, completion=delta.completion)
         if not reader.send(piece):
             self._cancel(reader, "slow_reader")
-            reader.send(SlowReader())
+            reader.send(SlowReader(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled"))
 
     def _cancel(self, reader: Reader, reason: FailureReason) -> None:
         """Forget a request, unless it has ended: its id may belong to another by now."""

@@ -15,31 +15,11 @@ from typing import Any
 from deploy.metrics import FailureReason, RequestMetrics
 from medusa.detokenize import TextStream
 from medusa.engine import Completion, Request
-from medusa.errors import MedusaError
 from medusa.logprobs import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_PIECES = 512
-
-
-class EngineOverloaded(MedusaError):
-    """As many requests are running and waiting as may; come back in about `retry_after_s`."""
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(message)
-
-
-class EngineUnavailable(MedusaError):
-    """The loop has stopped, or a step failed under this request."""
-
-
-class SlowReader(MedusaError):
-    """A client let its pieces pile up and was cancelled."""
-
-    def __init__(self) -> None:
-        super().__init__(f"more than {MAX_UNREAD_PIECES} pieces were left unread; the request is cancelled")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from deploy.api import errors
 from deploy.api.errors import ApiError
-from deploy.engine_loop import EngineOverloaded, EngineUnavailable, SlowReader
+from deploy.errors import EngineOverloaded, EngineUnavailable, SlowReader
 from medusa.errors import MedusaError
 
 logger = logging.getLogger(__name__)

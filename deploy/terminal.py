@@ -15,12 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.listing import Entry
-from pipelines.stage import Step
-
 if TYPE_CHECKING:
     from medusa.generate import Chunk, Generation
     from medusa.request import Stats
+    from pipelines.listing import Entry
+    from pipelines.stage import Step
 
 # Neighbouring steps differ; a run of one colour is what one step accepted.
 STEP_STYLES = ("cyan", "yellow", "green", "magenta")

@@ -48,3 +48,21 @@ def test_idle_threads_of_commands_and_servers_soon_sleep_unless_the_user_says_el
     given: dict[str, str], found: str
 ) -> None:
     assert run("import os, deploy\nprint(os.environ.get('GOMP_SPINCOUNT'))", **given) == found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["key", "new"], ["generate", "Hi", "--heads", "/nowhere"], ["generate", "Hi", "--top-p", "2"]],
+)
+def test_what_needs_no_model_waits_for_no_pytorch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ['medusa', *{arguments!r}]
+import deploy.cli
+sys.stderr = sys.stdout
+try:
+    deploy.cli.main()
+except SystemExit as end:
+    print(end.code, 'torch' in sys.modules)"""
+    told = run(code).splitlines()
+    assert told[-1] in ("0 False", "2 False") and told[0].startswith(("key:  sk-medusa-", "medusa: error: "))

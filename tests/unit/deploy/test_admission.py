@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.admission import Admission
-from deploy.reader import EngineOverloaded
+from deploy.errors import EngineOverloaded
 
 
 def test_what_is_ahead_of_a_request_is_waited_for_not_its_own_answers() -> None:

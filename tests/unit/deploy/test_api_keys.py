@@ -37,14 +37,14 @@ def test_a_ring_opens_to_its_keys_alone() -> None:
     assert not KeyRing(()).opens("")
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", KEYS, ids=["first", "second"])
 def test_each_key_opens(guarded: str, key: str) -> None:
     with openai.OpenAI(base_url=f"{guarded}/v1", api_key=key, max_retries=0) as client:
         assert client.models.list().data[0].id == "tiny"
         assert client.completions.create(model="tiny", prompt="Hi").choices
 
 
-@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer wrong", "Basic dGlueTo=", KEYS[0], "Bearer \xff"])
+@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer wrong", "Basic dGlueTo=", pytest.param(KEYS[0], id="alone"), "Bearer \xff"])
 def test_without_a_key_of_ours_nothing_opens(guarded: str, sent: str | None) -> None:
     headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
     for method, path in [

@@ -11,7 +11,8 @@ from contextlib import aclosing
 import pytest
 
 from deploy import engine_loop, reader
-from deploy.engine_loop import EngineLoop, EngineOverloaded, EngineUnavailable, Piece, SlowReader
+from deploy.engine_loop import EngineLoop, Piece
+from deploy.errors import EngineOverloaded, EngineUnavailable, SlowReader
 from medusa import Model, PromptError, SamplingParams
 from medusa.engine import Delta, Engine, Request
 from tests.unit.deploy.conftest import BATCH, CONTEXT, PacedEngine, wait_until

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from deploy.engine_loop import EngineLoop, EngineOverloaded, EngineUnavailable, Lane, Piece
+from deploy.engine_loop import EngineLoop, Lane, Piece
+from deploy.errors import EngineOverloaded, EngineUnavailable
 from medusa import Model, SamplingParams
 from medusa.engine import Delta, Engine, Request
 from tests.unit.deploy.conftest import BATCH, CONTEXT, PacedEngine, wait_until
