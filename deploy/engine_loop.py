@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deploy.admission import Admission, Load
-from deploy.errors import EngineOverloaded, EngineUnavailable, SlowReader
+from deploy.errors import EngineUnavailable, SlowReader
 from deploy.metrics import FailureReason, Metrics
 from deploy.reader import MAX_UNREAD_PIECES, Answer, Piece, Reader
 from medusa.detokenize import TextStream

@@ -1,4 +1,6 @@
-"""From kernels.c to a loaded library, once for each machine. Knows the C compiler and the cache folder; knows no tensors."""
+"""From kernels.c and its headers to a loaded library, once for each machine. Knows the C compiler and the cache folder; knows no
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def _load(compiler: str, path: Path) -> ctypes.CDLL:
 def _key(compiler: str) -> str:
     """What the library depends on: source, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=LIMIT_S).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode())
+    digest = hashlib.sha256(version + " ".join(FLAGS).encode())
+    for source in sorted(SOURCE.parent.glob("*.[ch]")):
+        digest.update(source.read_bytes())
     digest.update(_processor().encode())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Heads' guesses, those of a whole tree in one call. Knows weights and tokens; what is computed stands in kernels.c.
+"""Heads' guesses, those of a whole tree in one call. Knows weights and tokens; what is computed stands in search.h.
 
 B sequences, N tree nodes, K heads, R ranks, D hidden, V tokens that heads guess among
 """
@@ -18,7 +18,7 @@ from medusa.tree import DeviceTree, RowTrees
 
 
 class CHead(ctypes.Structure):
-    """`Head` of kernels.c."""
+    """`Head` of guesses.h."""
 
     _fields_ = (
         ("blocks", ctypes.POINTER(CWeight)),
@@ -28,7 +28,7 @@ class CHead(ctypes.Structure):
 
 
 class CHeads(ctypes.Structure):
-    """`Heads` of kernels.c."""
+    """`Heads` of guesses.h."""
 
     _fields_ = (
         ("heads", ctypes.POINTER(CHead)),
@@ -42,7 +42,7 @@ class CHeads(ctypes.Structure):
 
 
 class CGuess(ctypes.Structure):
-    """`Guess` of kernels.c."""
+    """`Guess` of guesses.h."""
 
     _fields_ = (
         ("first", ctypes.c_int64),
@@ -59,7 +59,7 @@ class CGuess(ctypes.Structure):
 
 
 class CLevel(ctypes.Structure):
-    """`Level` of kernels.c."""
+    """`Level` of search.h."""
 
     _fields_ = (
         ("parents", ctypes.c_int64),
@@ -73,7 +73,7 @@ class CLevel(ctypes.Structure):
 
 
 class CSearch(ctypes.Structure):
-    """`Search` of kernels.c."""
+    """`Search` of search.h."""
 
     _fields_ = (
         ("batch", ctypes.c_int64),

@@ -23,7 +23,7 @@ MOST_INPUTS = 65536  # whose products of bytes no 32 bits overflow
 
 
 class CWeight(ctypes.Structure):
-    """`Weight` of kernels.c."""
+    """`Weight` of products.h."""
 
     _fields_ = (
         ("panels", ctypes.c_void_p),
@@ -36,7 +36,7 @@ class CWeight(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight:
-    """A weight [O,I] as kernels.c reads it; call it for x·weightᵀ, float32 in and out.
+    """A weight [O,I] as products.h reads it; call it for x·weightᵀ, float32 in and out.
 
     `panels` [O/2L,I/S,L,S,2]: L lanes of a vector, S inputs whose weights share a word (two of int8); of `tiles`
     [O/32,I/32,2,16,16,2] or, of int8, [O/32,I/64,2,16,16,4]. Products with int8 round x to 16 bits of its row's largest, those

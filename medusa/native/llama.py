@@ -1,4 +1,4 @@
-"""All layers of a Llama, Mistral, Qwen 2 or 3 in one call. Knows weights and placements; what is computed stands in kernels.c.
+"""All layers of a Llama, Mistral, Qwen 2 or 3 in one call. Knows weights and placements; what is computed stands in layers.h.
 
 B sequences, N new positions, D hidden, C positions of the context, E head size
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CLayer(ctypes.Structure):
-    """`Layer` of kernels.c."""
+    """`Layer` of model.h."""
 
     _fields_ = (
         ("norm_attention", ctypes.c_void_p),
@@ -37,7 +37,7 @@ class CLayer(ctypes.Structure):
 
 
 class CModel(ctypes.Structure):
-    """`Model` of kernels.c."""
+    """`Model` of model.h."""
 
     _fields_ = (
         ("layers", ctypes.POINTER(CLayer)),
@@ -55,7 +55,7 @@ class CModel(ctypes.Structure):
 
 
 class CStep(ctypes.Structure):
-    """`Step` of kernels.c."""
+    """`Step` of model.h."""
 
     _fields_ = (
         ("batch", ctypes.c_int64),

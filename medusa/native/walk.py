@@ -21,7 +21,7 @@ COLUMNS = "scheme", "top_k", "seed", "choice", "sample_root", "max_nodes", "temp
 
 
 class CRows(ctypes.Structure):
-    """`Rows` of kernels.c: columns [B] of SamplingRows."""
+    """`Rows` of acceptance.h: columns [B] of SamplingRows."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in COLUMNS)
 

@@ -44,7 +44,9 @@ def test_each_key_opens(guarded: str, key: str) -> None:
         assert client.completions.create(model="tiny", prompt="Hi").choices
 
 
-@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer wrong", "Basic dGlueTo=", pytest.param(KEYS[0], id="alone"), "Bearer \xff"])
+@pytest.mark.parametrize(
+    "sent", [None, "", "Bearer", "Bearer wrong", "Basic dGlueTo=", pytest.param(KEYS[0], id="alone"), "Bearer \xff"]
+)
 def test_without_a_key_of_ours_nothing_opens(guarded: str, sent: str | None) -> None:
     headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
     for method, path in [

@@ -40,6 +40,19 @@ def test_the_library_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernels
+def test_a_change_of_any_source_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("cc") or "gcc"
+    shutil.copytree(build.SOURCE.parent, tmp_path / "native")
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "native" / build.SOURCE.name)
+    keys = {build._key(compiler)}
+    sources = [*(tmp_path / "native").glob("*.[ch]")]
+    for source in sources:
+        source.write_text(source.read_text() + "/* changed */\n")
+        keys.add(build._key(compiler))
+    assert len(keys) == 1 + len(sources) > 2
+
+
+@needs_kernels
 @pytest.mark.parametrize("error", [PermissionError("closed"), OSError(errno.EROFS, "read-only file system")])
 def test_a_cache_folder_that_cannot_be_written_costs_only_time(
     fresh: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
