@@ -52,7 +52,7 @@ class DistillResult:
         reasons = ", ".join(f"{name} {count}" for name, count in sorted(self.finish_reasons.items()))
         return (
             f"{self.num_answers} answers, {self.num_tokens} tokens in {self.folder} "
-            f"({self.num_asked} prompts asked now{speed}, {self.num_done_before} were done; {reasons or 'no answer'}"
+            f"(prompts: {self.num_asked} asked now{speed}, {self.num_done_before} before; {reasons or 'no answer'}"
             f"{failed if self.num_failed else ''})"
         )
 

@@ -157,8 +157,10 @@ def read_answers(folder: Path, part: str) -> Answers:
     found = (row for row in scan(folder, _READ) if row["part"] == part and row["error"] is None)
     rows = {(row["id"], row["prompt_id"]): row for row in found}  # "p/2" may be a turn of "p", or a prompt
     if not rows:
-        share = ", with prompts.calibration_share above 0 and two prompts or more" if part == CALIBRATION else ""
-        raise StageError(f"no {part} answers in {folder}; run `distill` first{share}")
+        purpose, share = "to train on", ""
+        if part == CALIBRATION:
+            purpose, share = "for calibration", ", with prompts.calibration_share above 0 and two prompts or more"
+        raise StageError(f"no answers {purpose} in {folder}; run `distill` first{share}")
     ordered = [rows[key] for key in sorted(rows)]
     backbones = sorted({row["backbone"] for row in ordered})
     if len(backbones) > 1:

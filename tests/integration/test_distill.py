@@ -112,7 +112,7 @@ def test_a_killed_driver_loses_nothing_that_was_written_and_repeats_nothing(sett
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2 * WAIT_S)
-    asked = int(again.stdout.partition(" prompts asked now")[0].rpartition("(")[2])
+    asked = int(again.stdout.partition(" asked now")[0].rpartition("prompts: ")[2])
     assert 0 < asked <= NUM_PROMPTS - 8, again.stdout  # a file may be torn, not more
     _each_prompt_once(config)
 
