@@ -56,16 +56,19 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/medusa demo
 
-# Tiny models run fastest on one thread; PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-k tree -x"
+# Tiny models run fastest on one thread. Unit tests run in a process a core, at most eight (tests/conftest.py).
+# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-k tree -x"; -n0 is for a debugger.
+PARALLEL := -n auto --maxprocesses 8
+
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' $(PARALLEL) $(PYTEST_ARGS)
 
 test-unit: export HF_HUB_OFFLINE := 1
 test-unit: export OMP_NUM_THREADS := 1
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

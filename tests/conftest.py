@@ -14,12 +14,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import tests.interpreter  # noqa: F401  before anything that may import Triton
 from tests.tiny_models import save_tiny_folder
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
+# Their processes want every core for themselves, and some of them wait for one another.
+ALONE = ("integration", "e2e")
 
 # A run that a shell began in the background ignores Ctrl-C, and whatever it starts would too: tests send it on purpose.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -43,8 +50,23 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With `-n`, a file's tests run in one process; integration and end-to-end tests, one after the other, when the rest is
+    done or nearly so."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneByOne(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "alone" if file.startswith(tuple(f"tests/{tier}/" for tier in ALONE)) else file
+
+    config.option.loadscopereorder = False
+    return OneByOne(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests under integration/, e2e/ and gpu/ carry that marker without saying so."""
+    """Tests under integration/, e2e/ and gpu/ carry that marker without saying so; the longest come last."""
     tiers = {"integration", "e2e", "gpu"}
     here = Path(__file__).parent
     for item in items:
@@ -52,3 +74,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(tier)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    items.sort(key=lambda item: any(item.get_closest_marker(tier) for tier in ALONE))
