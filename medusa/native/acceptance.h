@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "threads.h"
+#include "vectors.h"
 
 /* The exponentials of x / temperature beside their largest, to `weights` [size]; their sum, and that of each times its exponent. */
 typedef struct {

@@ -15,7 +15,6 @@
 #define STEPS 32512.0f /* of a row's largest, at most: a signed byte times 256 and an unsigned one */
 #define TINY 1e-30f /* a row whose largest is less counts as zeros */
 #define RUN 512   /* inputs of which no sum of steps times bytes overflows 32 bits */
-
 #define ROOM (2 * SIDE * PANEL) /* floats that hold the outputs of a block */
 
 _Static_assert(SIDE >= TILE, "ROOM holds TILE rows of two panels");
