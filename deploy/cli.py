@@ -304,11 +304,12 @@ def list_versions(
 ) -> None:
     """Every version with its aliases, figures and what the gate said, the newest first."""
     settings = _configured(config, overrides or ())
+    from deploy.terminal import log_to_stderr, versions_table
     from pipelines.credentials import without_credentials
     from pipelines.listing import list_entries
     from pipelines.registry import tracking_uri
 
-    _quiet()
+    log_to_stderr()
     entries = list_entries(settings)
     if as_json:
         print(json.dumps([entry.as_dict() for entry in entries], ensure_ascii=False, indent=1))
@@ -317,8 +318,6 @@ def list_versions(
         print(f"no version is registered in {without_credentials(tracking_uri(settings))}")
         return
     from rich.console import Console
-
-    from deploy.terminal import versions_table
 
     Console(highlight=False).print(versions_table(entries))
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.config import Config
-from pipelines.promote import TAG_GATE, TAG_ROLLED_BACK, stored_evaluation
-from pipelines.register import TAG_BACKBONE
-from pipelines.registry import TAG_DIGEST, Version, has_registry, open_registry
+from pipelines.registry import Version, has_registry, open_registry
 from pipelines.report import Evaluation
+from pipelines.version_tags import TAG_BACKBONE, TAG_DIGEST, TAG_GATE, TAG_ROLLED_BACK, stored_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,13 @@ from pipelines.cluster import measured
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
 from pipelines.evaluate import Comparison
-from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
-from pipelines.registry import CHALLENGER, CHAMPION, TAG_DIGEST, Registry, Version, existing_registry
+from pipelines.registry import CHALLENGER, CHAMPION, Registry, Version, existing_registry
 from pipelines.report import Evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
+from pipelines.version_tags import TAG_BACKBONE, TAG_DIGEST, TAG_GATE, TAG_PREVIOUS, TAG_ROLLED_BACK, stored_evaluation
 
 logger = logging.getLogger(__name__)
 
-TAG_PREVIOUS, TAG_GATE, TAG_ROLLED_BACK = "medusa.previous_champion", "medusa.gate", "medusa.rolled_back"
 MAX_ROUNDS = 5
 
 # (challenger, champion) → both measured side by side
@@ -175,18 +174,6 @@ def _quality_reasons(challenger: Evaluation, gate: PromoteSection) -> list[str]:
         for name, found in kinds
         if not found.rise <= gate.perplexity_margin
     ]
-
-
-def stored_evaluation(version: Version) -> Evaluation | None:
-    """The evaluation that the version was registered with; None where it has none that this release can read."""
-    text = version.tags.get(TAG_EVALUATION)
-    if not text:
-        return None
-    try:
-        return Evaluation.from_json(text)
-    except (ValueError, TypeError, KeyError):
-        logger.warning("version %d bears an evaluation that is not of this release", version.number)
-        return None
 
 
 def _pair(registry: Registry, config: Config) -> tuple[Version, Version | None]:

@@ -10,13 +10,12 @@ from pipelines import calibrate
 from pipelines.config import Config, dump_config
 from pipelines.credentials import without_credentials
 from pipelines.errors import StageError
-from pipelines.registry import CHALLENGER, TAG_DIGEST, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
+from pipelines.registry import CHALLENGER, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
+from pipelines.version_tags import TAG_BACKBONE, TAG_DIGEST, TAG_EVALUATION
 
 logger = logging.getLogger(__name__)
-
-TAG_EVALUATION, TAG_BACKBONE = "medusa.evaluation", "medusa.backbone"
 
 
 @dataclass(frozen=True, kw_only=True)

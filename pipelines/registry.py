@@ -29,12 +29,12 @@ from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.inputs import files_digest
 from pipelines.registry_lock import Lease, RegistryLock
 from pipelines.tracking import AWAY
+from pipelines.version_tags import TAG_DIGEST
 
 logger = logging.getLogger(__name__)
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 VERSION_FOLDER = "checkpoint"  # where a run's artifacts hold the version
-TAG_DIGEST = "medusa.digest"  # `folder_digest` of a version's folder
 _KEY, _CHAMPIONS = "medusa.key", "medusa.champions"
 _REMEMBERED = 200  # champions
 

@@ -32,10 +32,11 @@ from pipelines.folder_lock import alone_in, settled
 from pipelines.inputs import weights_digest
 from pipelines.memory import lower
 from pipelines.records import TRAIN, Answers, read_answers
-from pipelines.registry import TAG_DIGEST, Registry, folder_digest, open_registry, tracking_uri
+from pipelines.registry import Registry, folder_digest, open_registry, tracking_uri
 from pipelines.stage import Progress, Step, ignore_progress, main, polled
 from pipelines.tracking import JOURNAL, Journal, git_revision, mlflow_sender, within_reach
 from pipelines.tuning import check_tuning
+from pipelines.version_tags import TAG_DIGEST
 
 logger = logging.getLogger(__name__)
 

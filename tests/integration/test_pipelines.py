@@ -16,9 +16,10 @@ from pipelines.cluster import ray_session
 from pipelines.config import Config, load_config
 from pipelines.errors import ConfigError, StageError
 from pipelines.records import CALIBRATION, TRAIN, answer_files, read_answers, scan
-from pipelines.registry import TAG_DIGEST, folder_digest, open_registry
+from pipelines.registry import folder_digest, open_registry
 from pipelines.stage import Step
 from pipelines.train import TAG_CHECKPOINT
+from pipelines.version_tags import TAG_DIGEST
 from tests.registered import champion_of
 
 STEPS = 10

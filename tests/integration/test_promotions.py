@@ -17,9 +17,9 @@ from pipelines import promote
 from pipelines.config import Config
 from pipelines.evaluate import Comparison
 from pipelines.listing import list_entries
-from pipelines.register import TAG_EVALUATION
 from pipelines.registry import CHAMPION, VERSION_FOLDER, Version, folder_digest, open_registry
 from pipelines.report import Evaluation, Figures
+from pipelines.version_tags import TAG_EVALUATION
 from tests import postgres_mlflow
 
 AT_ONCE = 3

@@ -15,8 +15,7 @@ from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError, TrackingUnreachable
 from pipelines.evaluate import Comparison
 from pipelines.listing import list_entries
-from pipelines.promote import PromoteResult, judge, stored_evaluation
-from pipelines.register import TAG_BACKBONE, TAG_EVALUATION
+from pipelines.promote import PromoteResult, judge
 from pipelines.registry import CHALLENGER, CHAMPION, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.registry_lock import Lease
 from pipelines.report import (
@@ -30,6 +29,7 @@ from pipelines.report import (
     read_evaluation,
     write_report,
 )
+from pipelines.version_tags import TAG_BACKBONE, TAG_EVALUATION, stored_evaluation
 from tests.registered import champion_of
 
 GATE = PromoteSection(acceleration_margin=0.02, speedup_margin=0.1)

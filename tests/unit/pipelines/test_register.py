@@ -18,8 +18,9 @@ from pipelines.calibrate import RECORD
 from pipelines.config import Config
 from pipelines.errors import StageError
 from pipelines.inputs import weights_digest
-from pipelines.registry import CHALLENGER, TAG_DIGEST, Registry, folder_digest, open_registry
+from pipelines.registry import CHALLENGER, Registry, folder_digest, open_registry
 from pipelines.report import write_report
+from pipelines.version_tags import TAG_DIGEST
 from tests.unit.medusa.tiny import random_heads
 from tests.unit.pipelines.test_promote import GOOD
 

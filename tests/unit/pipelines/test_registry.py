@@ -22,7 +22,8 @@ from pipelines import train
 from pipelines.config import Config
 from pipelines.errors import StageError, TrackingUnreachable
 from pipelines.records import Answers
-from pipelines.registry import TAG_DIGEST, Registry, Version, await_database, await_server, folder_digest, open_registry
+from pipelines.registry import Registry, Version, await_database, await_server, folder_digest, open_registry
+from pipelines.version_tags import TAG_DIGEST
 
 
 @pytest.fixture(scope="module")
