@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deploy.admission import Admission, Load
-from deploy.errors import EngineUnavailable, SlowReader
+from deploy.errors import EngineUnavailable, GrammarFailed, SlowReader
 from deploy.metrics import FailureReason, Metrics
 from deploy.reader import MAX_UNREAD_PIECES, Answer, Piece, Reader
 from medusa.detokenize import TextStream
@@ -163,7 +163,7 @@ class EngineLoop:
 
         `lane` is the engine that the request was prepared for, by default the newest; one that was left meanwhile still
         serves it. Raises at once PromptError for what can never be served, EngineOverloaded and EngineUnavailable; the
-        iterator raises EngineUnavailable for a failed step and SlowReader. `request.on_token` is the loop's own.
+        iterator raises EngineUnavailable for a failed step, GrammarFailed and SlowReader. `request.on_token` is the loop's own.
         """
         lane = lane or self._current
         lane.engine.check(request)
@@ -272,6 +272,10 @@ class EngineLoop:
             return
         reader.metrics.output(delta)
         text = reader.text.take()
+        if delta.completion is not None and delta.completion.error is not None:
+            self._forget(reader)
+            reader.send(GrammarFailed(delta.completion.error))
+            return
         if delta.completion is not None:
             text += reader.text.finish()
             self._forget(reader)

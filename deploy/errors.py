@@ -17,5 +17,9 @@ class EngineUnavailable(MedusaError):
     """The loop has stopped, or a step failed under this request."""
 
 
+class GrammarFailed(MedusaError):
+    """An answer's grammar proved too much for the parser on the way; what was written is no document of it."""
+
+
 class SlowReader(MedusaError):
     """A client let its pieces pile up and was cancelled."""

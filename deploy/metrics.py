@@ -156,8 +156,8 @@ class _RequestRecords:
         stats = completion.stats
         if completion.finish_reason in self._success:
             self._success[completion.finish_reason](1)
-        else:
-            self.failures["engine"](1)
+        else:  # only a grammar ends an answer otherwise
+            self.failures["invalid"](1)
         self._e2e(seconds)
         self._queue(stats.queue_s)
         self._prefill(stats.prefill_s)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from deploy.api import errors
 from deploy.api.errors import ApiError
-from deploy.errors import EngineOverloaded, EngineUnavailable, SlowReader
+from deploy.errors import EngineOverloaded, EngineUnavailable, GrammarFailed, SlowReader
 from medusa.errors import MedusaError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ def as_api_error(error: MedusaError) -> ApiError:
             return errors.overloaded(str(error), retry_after_s=math.ceil(error.retry_after_s))
         case SlowReader():
             return errors.overloaded(str(error))
+        case GrammarFailed():
+            return errors.bad_request(f"{error}; give a simpler one", param="response_format")
         case EngineUnavailable():
             return errors.unavailable(str(error))
     logger.error("unexpected %s: %s", type(error).__name__, error)

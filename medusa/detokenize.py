@@ -61,13 +61,18 @@ class TextStream:
         return piece
 
     def _grow(self, *, final: bool) -> None:
-        """Decode from a token boundary where text was whole, so that cost does not grow with the answer."""
+        """Decode from a token boundary where text was whole, so that cost does not grow with the answer, and with some text
+        before it: a tokenizer may leave out the space with which a text begins."""
         before = self._decode(self._anchor, self._read)
         new = self._decode(self._anchor, len(self._ids))[len(before) :]
         whole = self._whole(new)
         if whole != new and not final:
             return
-        self._anchor, self._read = self._read, len(self._ids)
+        if whole:
+            self._anchor = self._read
+        elif self._ids and self._ids[-1] in self._special_ids:
+            self._ids.pop()  # or a long run of them would be decoded again with each
+        self._read = len(self._ids)
         self._append(whole)
 
     def _whole(self, text: str) -> str:

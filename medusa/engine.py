@@ -151,6 +151,7 @@ class Engine:
             return True
         for slot, sequence in enumerate(self._schedule.running):
             if sequence.request_id == request_id:
+                sequence.cancelled = True
                 self._remove(slot)
                 return True
         return False
@@ -292,13 +293,16 @@ class Engine:
             self._on_step(StepRecord(phase=phase, seconds=seconds, rows=rows, nodes=nodes, tokens=tokens))
 
     def _emit(self, first: int, step: StepTokens, nodes: int) -> list[Delta]:
-        """Give tokens to the sequences from slot `first` on; those that end leave their slots."""
+        """Give tokens to the sequences from slot `first` on; those that end leave their slots. A caller may cancel any of
+        them meanwhile, which moves others to other slots."""
         running = self._schedule.running
-        deltas = [
-            sequence.take(tokens, logprobs, nodes, self._eos)
+        given = [
+            (sequence, sequence.take(tokens, logprobs, nodes, self._eos))
             for sequence, tokens, logprobs in zip(running[first:], step.tokens, step.logprobs, strict=True)
+            if not sequence.cancelled
         ]
-        for slot in range(len(running) - 1, first - 1, -1):  # a caller may have cancelled others meanwhile
+        deltas = [delta for sequence, delta in given if not sequence.cancelled]
+        for slot in range(len(running) - 1, -1, -1):
             if running[slot].finish_reason:
                 self._keep_prefix(slot, running[slot])
                 self._remove(slot)

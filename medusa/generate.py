@@ -190,17 +190,24 @@ class Model:
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
                 raise ValueError(f'tree must be a number of nodes, "auto", "dynamic" or "dynamic:N", got {tree!r}')
             return self._dynamic(int(count) if count else None)
-        if tree is None or isinstance(tree, int):
-            if isinstance(tree, int) and tree < 1:
+        if tree is None or (isinstance(tree, int) and not isinstance(tree, bool)):
+            if tree is not None and tree < 1:
                 raise ValueError(f"tree must have at least 1 node, got {tree}")
-            assert self.heads is not None
-            return self.checkpoint.tree(tree) if self.checkpoint else Tree.chain(self.heads.num_heads)
+            return self._chain(tree) if self.checkpoint is None else self.checkpoint.tree(tree)
         try:
             return Tree.from_paths(tree)
         except TypeError:
             raise ValueError(
                 f"tree must be a number of nodes, a Tree, or paths like [[0], [0, 0]], got {tree!r}"
             ) from None
+
+    def _chain(self, num_nodes: int | None) -> Tree:
+        """Heads without a checkpoint have no tree of their own: each one's best guess, one below the other."""
+        assert self.heads is not None
+        chain = Tree.chain(self.heads.num_heads)
+        if num_nodes is not None and num_nodes > chain.num_nodes:
+            raise ValueError(f"heads without a checkpoint have a chain of {chain.num_nodes} nodes at most, got {num_nodes}")
+        return chain if num_nodes is None else chain.first(num_nodes)
 
     def _dynamic(self, num_nodes: int | None) -> DynamicTree:
         if self.checkpoint is None:

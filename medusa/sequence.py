@@ -32,6 +32,7 @@ class Sequence:
     stats: Stats = field(default_factory=Stats)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cancelled: bool = False
 
     @property
     def request_id(self) -> str:
@@ -74,7 +75,7 @@ class Sequence:
                 self.finish_reason = "stop"
             elif len(self.token_ids) >= params.max_tokens:
                 self.finish_reason = "length"
-            if self.finish_reason:
+            if self.finish_reason or self.cancelled:
                 break
         if self.guide is not None and self.guide.error:
             self.finish_reason, self.error = "error", self.guide.error

@@ -20,7 +20,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """Bytes of single tokens. Those of an answer's tokens, joined, are its UTF-8 text and special tokens."""
+    """Bytes of single tokens. Those of an answer's tokens, joined, are its UTF-8 text and special tokens; but a space may come
+    first that sentencepiece leaves out of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -41,6 +42,12 @@ class TokenBytes:
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else str(token).replace(_WORD_START, " ").encode()
 
+    def left_out(self, token_id: int) -> int:
+        """How many of the token's characters are missing where a text begins with it."""
+        own = self.bytes_of(token_id).decode(errors="ignore")
+        text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return max(0, _spaces(own) - _spaces(text))
+
     @cached_property
     def _added_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.added_tokens_decoder)
@@ -57,3 +64,8 @@ class TokenBytes:
     @cached_property
     def _alphabet(self) -> dict[str, int]:
         return _byte_alphabet()
+
+
+def _spaces(text: str) -> int:
+    """How many it begins with."""
+    return len(text) - len(text.lstrip(" "))

@@ -27,10 +27,14 @@ class TextOffsets:
         self._special_ids = tokens.special_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
+        self._begins = True
 
     def push(self, token_id: int) -> int:
         """The offset of the next token. One that goes on with a character begins where that character does."""
         offset = self._offset
         if token_id not in self._special_ids:
             self._offset += len(self._decoder.decode(self._tokens.bytes_of(token_id)))
+            if self._begins:
+                self._offset -= self._tokens.left_out(token_id)
+                self._begins = False
         return offset

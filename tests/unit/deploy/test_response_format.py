@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from medusa.engine import Delta, Engine
 
 SCHEMA = {
     "type": "object",
@@ -54,3 +57,30 @@ def test_text_is_what_it_was(client: openai.OpenAI) -> None:
         client.chat.completions.create(**ASK, **extra) for extra in ({}, {"response_format": {"type": "text"}})
     )
     assert plain.choices[0].message.content == asked.choices[0].message.content
+
+
+class Failing(Engine):
+    """Its grammars turn out too ambiguous on the way: llguidance stays in error after a token that it forbids."""
+
+    def _decode(self) -> list[Delta]:
+        for sequence in self._schedule.running:
+            if sequence.guide is not None and len(sequence.token_ids) >= 2:
+                (forbidden,) = self.backbone.tokenizer("?", add_special_tokens=False)["input_ids"]
+                assert not sequence.guide._matcher.consume_token(forbidden)
+        return super()._decode()
+
+
+def test_a_grammar_that_fails_on_the_way_is_an_error_and_no_answer(make_loop: Callable, serve_app: Callable) -> None:
+    asked = {**ASK, "response_format": {"type": "json_object"}}
+    with make_loop(Failing) as loop, serve_app(loop) as base:
+        whole = httpx.post(f"{base}/v1/chat/completions", json=asked)
+        streamed = httpx.post(f"{base}/v1/chat/completions", json={**asked, "stream": True})
+        free = httpx.post(f"{base}/v1/chat/completions", json={**ASK, "max_tokens": 4})
+        metrics = httpx.get(f"{base}/metrics").text
+    assert whole.status_code == 400 and free.status_code == 200
+    *_, last = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    for error in (whole.json()["error"], json.loads(last)["error"]):
+        assert error["param"] == "response_format" and "the grammar failed: " in error["message"]
+    assert 'finish_reason":"error' not in streamed.text
+    [count] = [line for line in metrics.splitlines() if "request_failure_total" in line and 'reason="invalid"' in line]
+    assert count.endswith(" 2.0")

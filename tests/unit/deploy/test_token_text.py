@@ -63,3 +63,21 @@ def sentencepiece() -> TokenTexts:
 
 def test_sentencepieces_tokens(sentencepiece: TokenTexts) -> None:
     assert [sentencepiece.bytes_of(token) for token in range(3)] == [b" sky", b"\xe2", "é".encode()]
+
+
+SPACED = ["▁", "▁▁", "▁sky", "▁▁▁x", "ger", "é", "<0xC3>", "<0xA9>", "<s>"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(SPACED[:6] + SPACED[8:]), max_size=8) | st.just(["<0xC3>", "<0xA9>", "▁sky", "ger"]))
+def test_offsets_count_no_space_that_the_tokenizer_leaves_out(words: list[str]) -> None:
+    """Llama 2's decoder: against the oracle, how much text the tokens before give."""
+    backend = Tokenizer(models.WordLevel({word: token for token, word in enumerate(SPACED)}, unk_token="é"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    offsets, ids = TextOffsets(TokenTexts(tokenizer)), [SPACED.index(word) for word in words]
+    for count, token in enumerate(ids):
+        before = tokenizer.decode(ids[:count], skip_special_tokens=True)
+        assert offsets.push(token) == len(before.rstrip("\ufffd"))

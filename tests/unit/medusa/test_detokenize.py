@@ -145,6 +145,39 @@ def test_a_replacement_that_was_written_is_shown_at_once(sentencepiece: Any) -> 
     assert pieces_of(sentencepiece, [*"\ufffd".encode(), half]) == ["", "", "\ufffd", "", ""]
 
 
+WORDS = ["<s>", "</s>", "<unk>", "▁Hello", "▁big", "ger", "▁", "▁▁", "▁▁▁x", "<0xC3>", "<0xA9>", "é"]
+
+
+@pytest.fixture(scope="module", params=["Llama 2", "Metaspace"])
+def space_first(request: pytest.FixtureRequest) -> Any:
+    """Words that bring the space before them, which is left out where a text begins."""
+    backend = Tokenizer(models.WordLevel({word: token for token, word in enumerate(WORDS)}, unk_token="<unk>"))
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps) if request.param == "Llama 2" else decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([word for word in WORDS if not word.startswith("<0x")]), max_size=12))
+def test_a_space_is_left_out_at_the_beginning_alone(space_first: Any, words: list[str]) -> None:
+    ids = [WORDS.index(word) for word in words]
+    assert "".join(pieces_of(space_first, ids)) == space_first.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stop_string_with_the_space_after_a_special_token_is_found(space_first: Any) -> None:
+    stream = TextStream(space_first, [" big"])
+    assert [stream.push(WORDS.index(word)) for word in ("▁Hello", "</s>", "▁big")] == [False, False, True]
+    assert stream.text == "Hello"
+
+
+def test_a_long_run_of_special_tokens_costs_little() -> None:
+    stream, ids = TextStream(TOKENIZER), [*ids_of("hi"), *[EOS_ID] * 4000]
+    began = time.thread_time()
+    for token in ids:
+        stream.push(token)
+    assert (time.thread_time() - began) / len(ids) < 0.001 and stream.text == "hi"
+
+
 def test_special_tokens_are_no_text() -> None:
     stream = TextStream(TOKENIZER)
     for token in [*ids_of("hi"), EOS_ID]:

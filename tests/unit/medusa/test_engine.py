@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,6 +141,55 @@ def test_a_caller_may_cancel_another_in_the_step_in_which_a_third_ends(order: st
     for one in done.values():
         alone = answers([ask("abc".index(one.request_id), max_tokens=12, ignore_eos=True)], engine(Tree.root_only()))
         assert one.token_ids == next(iter(alone.values())).token_ids[: len(one.token_ids)]
+
+
+def test_who_ends_in_a_step_that_cancels_another_ends_once() -> None:
+    """The cancelled one's slot goes to the last: here to a request that ends with its first token, below those just begun."""
+    made = engine(Tree.root_only())
+    for i in range(2):
+        made.submit(ask(i, max_tokens=20, ignore_eos=True))
+    made.step()
+    made.submit(
+        Request(
+            prompt_ids=prompt_of(5, 2),
+            params=SamplingParams(max_tokens=1, ignore_eos=True),
+            request_id="short",
+            on_token=lambda _: not made.cancel("0"),
+        )
+    )
+    deltas = []
+    while made.has_work:
+        deltas += made.step()
+    (short,) = [delta for delta in deltas if delta.request_id == "short"]
+    assert short.completion is not None and len(short.completion.token_ids) == 1
+    assert "0" not in {delta.request_id for delta in deltas}
+
+
+@pytest.mark.parametrize("victim", ["0", "1", "2"])
+def test_nothing_comes_of_a_request_that_was_cancelled_in_the_step(victim: str) -> None:
+    """Before its turn in the step, after it, or by its own word."""
+    made, seen = engine(TREE), []
+
+    def cancels(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 3 and not made.cancel(victim)
+
+    for i in range(3):
+        made.submit(
+            Request(
+                prompt_ids=prompt_of(5, i),
+                params=SamplingParams(max_tokens=12, ignore_eos=True),
+                request_id=str(i),
+                on_token=cancels if i == 1 else None,
+            )
+        )
+    counts = Counter[str]()
+    while made.has_work:
+        for delta in made.step():
+            assert not (delta.request_id == victim and len(seen) >= 3)
+            counts[delta.request_id] += len(delta.token_ids)
+    assert len(seen) == (3 if victim == "1" else 12)
+    assert {name: count for name, count in counts.items() if name != victim} == dict.fromkeys({"0", "1", "2"} - {victim}, 12)
 
 
 def test_decoding_goes_to_the_very_end_of_the_context_and_not_beyond() -> None:

@@ -174,6 +174,18 @@ def test_trees_by_size_by_paths_and_by_value(model: medusa.Model) -> None:
     assert model.resolve_tree("3") == model.resolve_tree(3)
 
 
+def test_heads_without_a_checkpoint_have_a_chain(model: medusa.Model) -> None:
+    bare = medusa.Model(model.backbone, model.heads)
+    whole = bare.resolve_tree(None)
+    assert whole == medusa.Tree.chain(model.heads.num_heads)
+    for num_nodes in (1, 2, whole.num_nodes):
+        assert bare.resolve_tree(num_nodes) == whole.first(num_nodes)
+    for tree, why in [(whole.num_nodes + 1, "at most, got"), (0, "at least 1 node"), (True, "a number of nodes")]:
+        with pytest.raises(ValueError, match=why):
+            bare.resolve_tree(tree)
+    assert set(bare.generate("Hello", max_tokens=6, tree=1, ignore_eos=True).stats.nodes_per_step[1:]) == {1}
+
+
 def test_dynamic_trees_by_name_change_no_answer(model: medusa.Model, plain: medusa.Model) -> None:
     assert str(model.resolve_tree("dynamic")) == "dynamic tree of 5", "as many nodes as the checkpoint's own tree"
     assert model.resolve_tree("dynamic:7").num_nodes == 7
