@@ -206,7 +206,9 @@ class Model:
         assert self.heads is not None
         chain = Tree.chain(self.heads.num_heads)
         if num_nodes is not None and num_nodes > chain.num_nodes:
-            raise ValueError(f"heads without a checkpoint have a chain of {chain.num_nodes} nodes at most, got {num_nodes}")
+            raise ValueError(
+                f"heads without a checkpoint have a chain of {chain.num_nodes} nodes at most, got {num_nodes}"
+            )
         return chain if num_nodes is None else chain.first(num_nodes)
 
     def _dynamic(self, num_nodes: int | None) -> DynamicTree:

@@ -189,7 +189,9 @@ def test_nothing_comes_of_a_request_that_was_cancelled_in_the_step(victim: str) 
             assert not (delta.request_id == victim and len(seen) >= 3)
             counts[delta.request_id] += len(delta.token_ids)
     assert len(seen) == (3 if victim == "1" else 12)
-    assert {name: count for name, count in counts.items() if name != victim} == dict.fromkeys({"0", "1", "2"} - {victim}, 12)
+    assert {name: count for name, count in counts.items() if name != victim} == dict.fromkeys(
+        {"0", "1", "2"} - {victim}, 12
+    )
 
 
 def test_decoding_goes_to_the_very_end_of_the_context_and_not_beyond() -> None:
