@@ -190,8 +190,8 @@ class Model:
             if tree != DYNAMIC and not (kind == DYNAMIC and count.isdecimal()):
                 raise ValueError(f'tree must be a number of nodes, "auto", "dynamic" or "dynamic:N", got {tree!r}')
             return self._dynamic(int(count) if count else None)
-        if tree is None or (isinstance(tree, int) and not isinstance(tree, bool)):
-            if tree is not None and tree < 1:
+        if tree is None or isinstance(tree, int):
+            if tree is not None and (isinstance(tree, bool) or tree < 1):
                 raise ValueError(f"tree must have at least 1 node, got {tree}")
             return self._chain(tree) if self.checkpoint is None else self.checkpoint.tree(tree)
         try:

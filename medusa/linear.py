@@ -61,6 +61,12 @@ class Kernel(Enum):
 NATIVE = (Kernel.NATIVE, Kernel.NATIVE_INT8)
 
 
+def multiplies_bfloat16() -> bool:
+    """Has this processor arithmetic for bfloat16? Where it has none, PyTorch emulates it, many times slower than float32."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_tile"))
+
+
 def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
     """The fastest kernel for weights of `dtype` here. float32 and float64 stay plain: they are what others are held to."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
@@ -70,7 +76,7 @@ def kernel_for(dtype: torch.dtype, device: torch.device) -> Kernel:
         compiled = library() is not None
         if compiled and has_tiles():
             return Kernel.NATIVE
-        if (has.get("avx512_bf16") or has.get("amx_tile")) and torch.backends.mkldnn.enabled:
+        if multiplies_bfloat16() and torch.backends.mkldnn.enabled:
             return Kernel.ONEDNN
         if compiled:
             return Kernel.NATIVE

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config import CalibrateSection, Config, Layout
 from pipelines.inputs import inputs_key, machine, require_unchanged, weights_digest
-from pipelines.models import load_model, use_threads
+from pipelines.models import load_model, trained_heads, use_threads
 from pipelines.records import CALIBRATION, Answers, settled_answers
 from pipelines.stage import Progress, Step, ignore_progress, main
 
@@ -59,6 +59,11 @@ class CalibrateResult:
     def summary(self) -> str:
         best = next(cost for cost in self.curve if cost.nodes == self.num_nodes)
         before = "; unchanged since, calibrate.again=true measures again" if self.measured_before else ""
+        if self.num_nodes == 1:
+            return (
+                f"plain decoding is fastest with {self.checkpoint}, from {self.num_positions} positions: its guesses do not "
+                f"pay for a tree here; train longer, or on more answers; curve in {self.plot}{before}"
+            )
         return (
             f"tree of {self.num_nodes} nodes for {self.checkpoint}: {best.expected_tokens:.2f} tokens expected a step of "
             f"{1000 * best.step_s:.0f} ms, from {self.num_positions} positions; curve in {self.plot}{before}"
@@ -75,15 +80,16 @@ def run(config: Config, progress: Progress = ignore_progress) -> CalibrateResult
     from medusa.tree_search import best_size, expected_tokens, grow_paths, measure_hits
 
     answers = settled_answers(config.layout.distilled, CALIBRATION)
+    heads = trained_heads(config)
     if json.loads(answers.sampling)["temperature"] > 0:
         logger.warning("the calibration answers are sampled, not greedy; the tree will fit sampling")
-    weights = weights_digest(config.layout.checkpoint)
+    weights = weights_digest(heads)
     key = _inputs(config, weights, answers)
     record = _record_in(config.layout.calibration)
     if not config.calibrate.again and record is not None and record.get("inputs") == key:
         return _result(config, record, weights, measured_before=True)
     use_threads(None, processes=1)
-    model = load_model(config.backbone, str(config.layout.checkpoint))
+    model = load_model(config.backbone, str(heads))
     assert model.heads is not None
     sequences = [(row.prompt_ids, row.response_ids) for row in answers.rows]
     hits = measure_hits(model.backbone, model.heads, sequences, num_ranks=config.calibrate.num_ranks)

@@ -16,7 +16,7 @@ from pipelines.credentials import one_line, without_credentials
 from pipelines.errors import ConfigError, StageError
 from pipelines.failures import full_disk
 from pipelines.nodes import reachable, refuse_job_copy, refuse_local_settings
-from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries
+from pipelines.stage import Progress, StageResult, Step, log_progress, quiet_libraries, unrepeated
 
 Result = TypeVar("Result", bound=StageResult)
 Measured = TypeVar("Measured")
@@ -123,7 +123,7 @@ def run_stage(name: str, run: Callable[[Config, Progress], Result], config: Conf
     """
     refuse_job_copy(config)
     try:
-        return _run(name, run, config, progress)
+        return _run(name, run, config, unrepeated(progress))
     except MedusaError:
         raise
     except Exception as error:

@@ -560,7 +560,10 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str =
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} must be a section of keys, got a {type(value).__name__}")
+                one = f"{name}.{next(iter(section.model_fields))}"
+                raise ConfigError(
+                    f"{name} is a section, so give one of its keys, such as {one}; got a value of type {type(value).__name__}"
+                )
             _refuse_unknown(value, section, f"{name}.")
 
 

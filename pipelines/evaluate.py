@@ -16,7 +16,7 @@ from medusa.errors import CheckpointError
 from pipelines.config import Config, EvaluateSection
 from pipelines.errors import StageError
 from pipelines.inputs import inputs_key, machine, require_unchanged
-from pipelines.models import load_model, use_threads
+from pipelines.models import load_model, trained_heads, use_threads
 from pipelines.prompts import Prompt, evaluation_prompts
 from pipelines.registry import folder_digest, open_registry
 from pipelines.report import (
@@ -95,9 +95,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> EvaluateResult:
     Raises StageError (also where no answer has a second token, and where the checkpoint changes meanwhile), CheckpointError,
     ConfigError, PromptError, ValueError.
     """
-    settings, folder = config.evaluate, config.layout.checkpoint
-    if not folder.is_dir():
-        raise StageError(f"no checkpoint at {folder}; run `train` first")
+    settings, folder = config.evaluate, trained_heads(config)
     prompts = evaluation_prompts(settings)
     digest = folder_digest(folder)
     key = _inputs(config, digest, prompts)

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import BackboneSection
+from pipelines.config import BackboneSection, Config
+from pipelines.errors import StageError
 
 if TYPE_CHECKING:
     from medusa import Model
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 def heads_choice(text: str) -> str | None:
     """What `medusa.load(heads=)` wants: "none" is None; names and folders stay."""
     return None if text == "none" else text
+
+
+def trained_heads(config: Config) -> Path:
+    """The working directory's checkpoint. StageError where there is none."""
+    folder = config.layout.checkpoint
+    if not folder.is_dir():
+        raise StageError(f"no checkpoint at {folder}; run `train` first")
+    return folder
 
 
 def load_model(backbone: BackboneSection, heads: str, *, dtype: str | None = None) -> Model:

@@ -94,8 +94,11 @@ class Pool:
 class Watch:
     """What a run has finished so far, read from its files; each file is read once."""
 
-    def __init__(self, progress: Progress, *, key: str, done_before: int, total: int, clock: Any) -> None:
+    def __init__(
+        self, progress: Progress, *, key: str, done_before: int, total: int, clock: Any, what: str = "prompts"
+    ) -> None:
         self.progress = progress
+        self._what = what
         self.keys = 0
         self.tokens = 0
         self.reasons: Counter[str] = Counter()
@@ -136,9 +139,9 @@ class Watch:
     @property
     def note(self) -> str:
         if not self._seen:
-            return "prompts"
+            return self._what
         reasons = ", ".join(f"{name} {count}" for name, count in sorted(self.reasons.items()))
-        return f"prompts, {self.tokens_per_s:.0f} tokens/s ({reasons})"
+        return f"{self._what}, {self.tokens_per_s:.0f} tokens/s ({reasons})"
 
 
 def adopt(folder: Path) -> int:

@@ -11,24 +11,26 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from medusa.errors import CheckpointError
-from pipelines import evaluate
 from pipelines.cluster import measured
 from pipelines.config import Config, PromoteSection
 from pipelines.errors import PromotionRefused, StageError
-from pipelines.evaluate import Comparison
 from pipelines.registry import CHALLENGER, CHAMPION, Registry, Version, existing_registry
 from pipelines.report import Evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
 from pipelines.version_tags import TAG_BACKBONE, TAG_DIGEST, TAG_GATE, TAG_PREVIOUS, TAG_ROLLED_BACK, stored_evaluation
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Comparison
 
 logger = logging.getLogger(__name__)
 
 MAX_ROUNDS = 5
 
 # (challenger, champion) → both measured side by side
-Measure = Callable[[Version, Version], Comparison]
+Measure = Callable[[Version, Version], "Comparison"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +232,9 @@ def _side_by_side(config: Config, registry: Registry, progress: Progress) -> Mea
         assert ours.folder is not None
         assert theirs.folder is not None
         folders = {"challenger": ours.folder, "champion": theirs.folder}
-        return measured("promote", evaluate.compare, config, progress, **folders)
+        from pipelines.evaluate import compare
+
+        return measured("promote", compare, config, progress, **folders)
 
     return measure
 

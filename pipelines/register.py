@@ -10,6 +10,7 @@ from pipelines import calibrate
 from pipelines.config import Config, dump_config
 from pipelines.credentials import without_credentials
 from pipelines.errors import StageError
+from pipelines.models import trained_heads
 from pipelines.registry import CHALLENGER, VERSION_FOLDER, Registry, Version, folder_digest, open_registry
 from pipelines.report import log_report, read_evaluation
 from pipelines.stage import Progress, Step, ignore_progress, main
@@ -39,9 +40,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> RegisterResult:
     Where it is a version already, what is stored of it is stored again if it was damaged there. Raises StageError where the
     checkpoint was not evaluated as it is now, CheckpointError where it is damaged.
     """
-    folder = config.layout.checkpoint
-    if not folder.is_dir():
-        raise StageError(f"no checkpoint at {folder}; run `train` first")
+    folder = trained_heads(config)
     checkpoint = load_checkpoint(folder)
     evaluation = read_evaluation(config.layout.evaluation)
     digest = folder_digest(folder)

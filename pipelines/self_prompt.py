@@ -88,7 +88,7 @@ def self_prompts(config: Config, progress: Progress) -> list[Prompt]:
                 break
             asked = min(most, asked + missing + missing // 2 + 8)
             _write(range(asked), pool, config, progress)
-    logger.info("%s", chosen.summary)
+    logger.info("%s; %d are wanted", chosen.summary, section.num)
     if not chosen.prompts:
         raise StageError(f"the backbone wrote no usable prompt: {chosen.summary}; give prompts.path")
     return list(chosen.prompts[: section.num])
@@ -100,10 +100,17 @@ def _write(numbers: Iterable[int], pool: Pool, config: Config, progress: Progres
     missing = [number for number in wanted if number not in done or done[number]]
     if missing:
         total = len(wanted)
-        watch = Watch(progress, key="number", done_before=total - len(missing), total=total, clock=time.monotonic)
+        watch = Watch(
+            progress,
+            key="number",
+            done_before=total - len(missing),
+            total=total,
+            clock=time.monotonic,
+            what="drafts of prompts",
+        )
         with ray_session(config):
             pool.run(pa.table({"number": missing}), watch)
-    progress(Step(done=len(wanted), total=len(wanted), note="prompts written by the backbone"))
+    progress(Step(done=len(wanted), total=len(wanted), note="drafts of prompts"))
 
 
 def _read(pool: Pool, settings: str, asked: int) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,19 @@ def polled(read: Callable[[], Step], progress: Progress, *, interval_s: float = 
         watcher.join()
 
 
+def unrepeated(progress: Progress) -> Progress:
+    """Tells a step only where it is not the one that was told before."""
+    told: Step | None = None
+
+    def tell(step: Step) -> None:
+        nonlocal told
+        if step != told:
+            told = step
+            progress(step)
+
+    return tell
+
+
 def log_progress(step: Step) -> None:
     logger.info("%d of %d %s", step.done, step.total, step.note)
 

@@ -76,6 +76,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> TrainResult:
     Nothing is distilled into the workdir meanwhile: a worker that is started again reads the answers again.
     """
     check(config)
+    _warn_of_emulation(config.train)
     shape = initial_shape(config)
     with settled(config.layout.distilled):
         return _run(config, read_answers(config.layout.distilled, TRAIN), shape, progress)
@@ -153,6 +154,16 @@ def check(config: Config) -> None:
                 f"train.init_from {start} is where this run puts its own heads; copy the folder, or use another workdir"
             )
     check_tuning(train)
+
+
+def _warn_of_emulation(train: TrainSection) -> None:
+    from medusa.linear import multiplies_bfloat16
+
+    if train.dtype == "bfloat16" and not train.use_gpu and not multiplies_bfloat16():
+        logger.warning(
+            "train.dtype is bfloat16, which this machine's processor has no arithmetic for: it is emulated, many times "
+            "slower than train.dtype=float32"
+        )
 
 
 def initial_shape(config: Config) -> HeadsConfig:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import medusa
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.tree_search import expected_tokens, grow_paths
 from pipelines import calibrate, folder_lock
-from pipelines.calibrate import SizeCost, draw, draw_tree, expected_by_size
+from pipelines.calibrate import CalibrateResult, SizeCost, draw, draw_tree, expected_by_size
 from pipelines.config import Config
 from pipelines.errors import StageError
 from pipelines.folder_lock import alone_in
@@ -141,3 +142,18 @@ def test_weights_that_were_not_measured_get_no_tree(config: Config, monkeypatch:
     assert not calibrate.is_current(config.layout)
     assert load_checkpoint(config.layout.checkpoint).default_nodes is None
     assert not calibrate.run(config).measured_before
+
+
+def test_where_no_tree_pays_the_summary_says_what_would_help() -> None:
+    curve = (SizeCost(nodes=1, expected_tokens=1.0, step_s=0.02), SizeCost(nodes=4, expected_tokens=1.01, step_s=0.03))
+    result = CalibrateResult(checkpoint=Path("here"), plot=Path("plot"), curve=curve, num_nodes=1, num_positions=23)
+    assert result.summary.startswith("plain decoding is fastest with here") and "train longer" in result.summary
+    assert replace(result, num_nodes=4).summary.startswith(
+        "tree of 4 nodes for here: 1.01 tokens expected a step of 30 ms"
+    )
+
+
+def test_without_trained_heads_calibration_names_the_stage_that_makes_them(config: Config) -> None:
+    shutil.rmtree(config.layout.checkpoint)
+    with pytest.raises(StageError, match="no checkpoint at .*; run `train` first"):
+        calibrate.run(config)

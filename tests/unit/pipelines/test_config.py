@@ -197,3 +197,11 @@ def test_what_is_opened_as_a_file_is_a_path_and_no_uri(key: str) -> None:
 def test_served_trees_are_static_or_dynamic(tree: int | str | None) -> None:
     assert load_config(None, [f"serve.tree={'null' if tree is None else tree}"]).serve.tree == tree
     assert load_config(None, ["serve.tree='16'"]).serve.tree == 16  # as a template may write it
+
+
+def test_a_section_given_as_a_value_is_told_a_key_of_it() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"prompts.self_prompt is a section, .* such as prompts\.self_prompt\.num; got a value of type int",
+    ):
+        load_config(None, ["prompts.self_prompt=8"])

@@ -133,6 +133,8 @@ def test_the_watch_counts_each_complete_file_once(tmp_path: Path) -> None:
     assert (step.done, step.total) == (5, 6)
     assert step.note == "prompts, 5 tokens/s (error 1, stop 2)"
     assert watch.reasons == {"stop": 2, "error": 1}
+    drafts = Watch(told.append, key="key", done_before=0, total=6, clock=lambda: now[0], what="drafts")
+    assert drafts.note == "drafts" and drafts.look(tmp_path).note.startswith("drafts, ")
 
 
 def test_what_ray_carries_as_a_long_text_is_one_line() -> None:

@@ -12,7 +12,7 @@ from pipelines import calibrate, evaluate, register, train
 from pipelines import run as run_module
 from pipelines.config import Config, load_config
 from pipelines.errors import StageError
-from pipelines.stage import Progress, Step, ignore_progress, main, polled
+from pipelines.stage import Progress, Step, ignore_progress, main, polled, unrepeated
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,12 @@ def test_progress_is_told_once_while_the_block_works_and_a_failing_reading_stops
         while len(told) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert [step.done for step in told] == [1, 2]
+
+
+def test_a_step_that_was_just_told_is_not_told_again() -> None:
+    told: list[Step] = []
+    tell = unrepeated(told.append)
+    steps = [Step(done=0, total=2), Step(done=0, total=2), Step(done=0, total=2, note="more"), Step(done=0, total=2)]
+    for step in steps:
+        tell(step)
+    assert told == [steps[0], *steps[2:]]

@@ -160,3 +160,24 @@ def test_a_worker_trains_on_the_answers_that_its_run_is_named_after_or_not_at_al
     _distilled(config, [2, 3], [4])
     with pytest.raises(StageError, match=rf"were {answers.fingerprint} when this run began"):
         train_loop._answers(config, task)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has", "warned"),
+    [
+        ({"dtype": "bfloat16"}, False, True),
+        ({"dtype": "bfloat16"}, True, False),
+        ({"dtype": "bfloat16", "use_gpu": True}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_a_processor_that_emulates_bfloat16_is_told_of(
+    settings: dict[str, object],
+    has: bool,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("medusa.linear.multiplies_bfloat16", lambda: has)
+    train._warn_of_emulation(TrainSection.model_validate(settings))
+    assert ("train.dtype=float32" in caplog.text) == warned
