@@ -155,5 +155,5 @@ def test_where_no_tree_pays_the_summary_says_what_would_help() -> None:
 
 def test_without_trained_heads_calibration_names_the_stage_that_makes_them(config: Config) -> None:
     shutil.rmtree(config.layout.checkpoint)
-    with pytest.raises(StageError, match="no checkpoint at .*; run `train` first"):
+    with pytest.raises(StageError, match=r"no checkpoint at .*; run `train` first"):
         calibrate.run(config)
