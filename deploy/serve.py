@@ -166,6 +166,7 @@ def serving(config: Config) -> Iterator[str]:
     get 503; another Ctrl-C cuts them off. `serve.port` 0 takes a free one. Raises ServeError.
     """
     host, port = config.serve.host, _free_port(config.serve.host, config.serve.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells each start twice, the second time as a refusal
     with ray_session(config), sigterm_interrupts():
         serve.start(
             http_options={"host": host, "port": port}, proxy_location="HeadOnly", logging_config=_quiet_logging()
