@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/gpu/all.sh OUT PROMPTS.jsonl [PART ...]      PARTs: tests speed batches steps heads; all without
 #
+# PROMPTS are measured with. `heads` trains on the answers to others, TRAIN_PROMPTS=FILE, a record of `messages` a line.
 # OUT gets a log of each part, pages of figures, heads, and parts.txt: how each part ended, after how many seconds. SCALE=2 doubles
-# every limit. DEVICE=cpu takes small sizes, to see that the commands run; the tests are skipped then.
+# every limit. DEVICE=cpu takes small sizes, to see that the commands run, without what is for GPUs alone.
 set -uo pipefail
 if (($# < 2)) || [[ ! -s $2 ]]; then
   echo "usage: bash benchmarks/gpu/all.sh OUT PROMPTS.jsonl [tests|speed|batches|steps|heads ...]" >&2
@@ -14,10 +15,14 @@ mkdir -p "$1" || exit 2
 out=$(realpath "$1") prompts=$(realpath "$2") device=${DEVICE:-cuda} scale=${SCALE:-1}
 shift 2
 parts=("$@")
-((${#parts[@]})) || parts=(tests speed batches steps heads)
+((${#parts[@]})) || parts=(tests speed batches steps ${TRAIN_PROMPTS:+heads})
 for part in "${parts[@]}"; do
   [[ " tests speed batches steps heads " == *" $part "* ]] || { echo "no part $part: tests, speed, batches, steps or heads" >&2; exit 2; }
 done
+if [[ " ${parts[*]} " == *" heads "* ]]; then
+  [[ -s ${TRAIN_PROMPTS:-} ]] || { echo "heads: TRAIN_PROMPTS must name a file of prompts to train with" >&2; exit 2; }
+  TRAIN_PROMPTS=$(realpath "$TRAIN_PROMPTS")
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
@@ -56,17 +61,17 @@ for part in "${parts[@]}"; do
       ;;
     speed)
       within 100 speed "$python" "${speed[@]}" --batch 1 --tree 16 --tree 64 --tree dynamic:64
-      within 100 speed-fused "$python" "${speed[@]}" --batch 1 --tree 16 --tree 64 --tree dynamic:64 --kernel fused
+      [[ $device != cuda ]] || within 100 speed-fused "$python" "${speed[@]}" --batch 1 --tree 16 --tree 64 --tree dynamic:64 --kernel fused
       ;;
     batches)
       within 120 batches "$python" "${speed[@]}" --batch 16 --batch 64 --tree 16 --tree 64
-      within 120 batches-fused "$python" "${speed[@]}" --batch 16 --batch 64 --tree 16 --tree 64 --kernel fused
+      [[ $device != cuda ]] || within 120 batches-fused "$python" "${speed[@]}" --batch 16 --batch 64 --tree 16 --tree 64 --kernel fused
       ;;
     steps)
       within 150 steps "$python" -m benchmarks.gpu.step_cost --device "$device" --batch 1 "${costs[@]}" --output "$out"
       ;;
     heads)
-      within 200 answer "$python" "${train[@]}" answer --device "$device" --prompts "$prompts" --out "$out/answers" "${answer[@]}"
+      within 200 answer "$python" "${train[@]}" answer --device "$device" --prompts "$TRAIN_PROMPTS" --out "$out/answers" "${answer[@]}"
       within 150 medusa1 "$python" "${train[@]}" train --device "$device" --data "$out/answers" --out "$out/medusa1" --kind hydra \
         --start-from default "${heads[@]}"
       within 150 medusa2 "$python" "${train[@]}" train --device "$device" --data "$out/answers" --out "$out/medusa2" --rank 8 \
