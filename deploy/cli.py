@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, Exit, TyperException
 
 from deploy import cli_formats
+from medusa.errors import MedusaError
 
 if TYPE_CHECKING:
     from medusa.generate import Generation, Model
@@ -57,8 +58,6 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             raise Exit(130) from None
         except Exception as error:
-            from medusa.errors import MedusaError  # loads torch: not before it is known to be needed
-
             if isinstance(error, (MedusaError, ValueError, OSError)):
                 _fail(str(error))
             raise

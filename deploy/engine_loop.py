@@ -271,11 +271,11 @@ class EngineLoop:
             reader.send(EngineUnavailable("the text of this answer could not be decoded"))
             return
         reader.metrics.output(delta)
-        text = reader.text.take()
         if delta.completion is not None and delta.completion.error is not None:
             self._forget(reader)
             reader.send(GrammarFailed(delta.completion.error))
             return
+        text = reader.text.take()
         if delta.completion is not None:
             text += reader.text.finish()
             self._forget(reader)

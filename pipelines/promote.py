@@ -228,12 +228,12 @@ def _fingerprint(backbone: str) -> str:
 
 def _side_by_side(config: Config, registry: Registry, progress: Progress) -> Measure:
     def measure(challenger: Version, champion: Version) -> Comparison:
+        from pipelines.evaluate import compare  # loads PyTorch: not where nothing is measured
+
         ours, theirs = registry.fetch(challenger), registry.fetch(champion)
         assert ours.folder is not None
         assert theirs.folder is not None
         folders = {"challenger": ours.folder, "champion": theirs.folder}
-        from pipelines.evaluate import compare
-
         return measured("promote", compare, config, progress, **folders)
 
     return measure

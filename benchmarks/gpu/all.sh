@@ -5,7 +5,8 @@
 #
 # PROMPTS are measured with. `heads` trains on the answers to others, TRAIN_PROMPTS=FILE, a record of `messages` a line.
 # OUT gets a log of each part, pages of figures, heads, and parts.txt: how each part ended, after how many seconds. SCALE=2 doubles
-# every limit. DEVICE=cpu takes small sizes, to see that the commands run, without what is for GPUs alone.
+# every limit, PYTEST_ARGS="-n 14" spreads the tests. DEVICE=cpu takes small sizes, to see that the
+# commands run, without what is for GPUs alone.
 set -uo pipefail
 if (($# < 2)) || [[ ! -s $2 ]]; then
   echo "usage: bash benchmarks/gpu/all.sh OUT PROMPTS.jsonl [tests|speed|batches|steps|heads ...]" >&2

@@ -1,4 +1,4 @@
-"""Heads' guesses, those of a whole tree in one call. Knows weights and tokens; what is computed stands in search.h.
+"""Heads' guesses, those of a whole tree in one call. Knows weights and tokens; what is computed stands in guesses.h and search.h.
 
 B sequences, N tree nodes, K heads, R ranks, D hidden, V tokens that heads guess among
 """
